@@ -1,0 +1,52 @@
+# Every target does its own set-up: a fresh machine needs python3 (3.11 or newer, with venv) and make.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+ARGS   ?=
+
+.PHONY: help demo test test-full test-gpu lint check lab docs bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+# pip's warnings about unused index locations are of no use to a reader; its errors are
+$(STAMP): setup.py settings.ini constraints.txt pyproject.toml
+	@echo "installing into $(VENV) (once; some minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]' 2>$(VENV)/pip.log \
+	  || { grep -v '^WARNING: Location' $(VENV)/pip.log; exit 1; }
+	@touch $@
+
+demo: $(STAMP)  ## end-to-end against local SAEs on the embedded model, offline
+	$(BIN)/e2e-sae demo $(ARGS)
+
+bench: $(STAMP)  ## speed and memory against the reference's way of computing
+	$(BIN)/e2e-sae bench $(ARGS)
+
+lab: $(STAMP)  ## JupyterLab on the tutorial
+	$(BIN)/jupyter lab nbs/tutorials/tutorial.ipynb
+
+docs: $(STAMP)  ## the site in _docs/: by quarto if it is on PATH, otherwise by the renderer from PyPI
+	@if command -v quarto >/dev/null; then PATH="$(CURDIR)/$(BIN):$$PATH" quarto render; else $(BIN)/python -m e2e_sae_nb._docs; fi
+	$(BIN)/python tools/check_site.py _docs
+
+lint: $(STAMP)  ## ruff and pyright
+	$(BIN)/ruff check e2e_sae_nb tests tools setup.py
+	$(BIN)/pyright
+
+check: $(STAMP)  ## notebooks clean, modules and README in step with them
+	$(BIN)/python tools/check_clean.py
+	$(BIN)/python tools/readme.py --check
+
+test: lint check  ## what CI runs
+	$(BIN)/python -m pytest -m "not full and not gpu" $(ARGS)
+
+test-full: lint check  ## also what needs a browser, other packages or minutes
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: $(STAMP)  ## what needs a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+clean:  ## remove builds and caches, keep the environment and out/
+	rm -rf _proc _docs build *.egg-info .pytest_cache .ruff_cache .hypothesis

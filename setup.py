@@ -1,0 +1,60 @@
+"""Packaging. Metadata lives in settings.ini (nbdev's file); this file only translates it for setuptools."""
+
+import configparser
+import shlex
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
+settings = configparser.ConfigParser(delimiters=["="])
+settings.read(HERE / "settings.ini", encoding="utf-8")
+cfg = settings["DEFAULT"]
+
+
+class BuildWithModel(build_py):
+    "The embedded language model lies in data/, where people look for it, and travels inside the package."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:  # an editable install reads the checkout's data/
+            target = Path(self.build_lib) / cfg["lib_path"] / "_data" / "docstrings-lm"
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(HERE / "data" / "docstrings-lm", target)
+
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    url=cfg["git_url"],
+    keywords=cfg["keywords"],
+    license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+    ],
+    packages=find_packages(include=[cfg["lib_path"]]),
+    package_data={cfg["lib_path"]: ["py.typed"]},
+    python_requires=f">={cfg['min_python']}",
+    install_requires=shlex.split(cfg["requirements"]),
+    extras_require={
+        "dev": shlex.split(cfg["dev_requirements"]),
+        "wandb": ["wandb>=0.19"],
+        "tensorboard": ["tensorboard>=2.18"],
+        "umap": ["umap-learn>=0.5.7"],
+    },
+    entry_points={
+        "console_scripts": shlex.split(cfg["console_scripts"]),
+        "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+    },
+    cmdclass={"build_py": BuildWithModel},
+    zip_safe=False,
+)
