@@ -21,7 +21,10 @@ _WHERE = {
     "losses": ["LossConfig", "e2e_ds_loss", "e2e_loss", "local_loss"], "models": ["Subject", "load_subject", "open_bridge"],
     "runs": ["Run", "RunConfig", "load_run"], "sae": ["SAE", "SAEConfig"], "splicing": ["splice"], "training": ["evaluate", "train"],
 }
-__all__ = [name for names in _WHERE.values() for name in names]
+__all__ = [
+    "EvalResult", "FrontierConfig", "LossConfig", "Run", "RunConfig", "SAE", "SAEConfig", "Subject", "UserError", "demo", "e2e_ds_loss",
+    "e2e_loss", "evaluate", "frontier", "load_run", "load_subject", "local_loss", "open_bridge", "splice", "train",
+]
 
 
 def __getattr__(name: str):

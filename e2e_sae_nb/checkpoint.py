@@ -96,7 +96,7 @@ def sae_from_tensors(
     sae.load_state_dict({"input_scale": torch.ones(()), **values})
     return sae
 
-
+# %% ../nbs/11a_checkpoint.ipynb #e5e1af69
 def read_cfg(
     folder: Path,
 ) -> dict[str, Any]:

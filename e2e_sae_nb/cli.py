@@ -37,7 +37,7 @@ def demo(
         console.print(sentence, highlight=False)
     console.print(f"written to {out}: report.html, frontier.png, frontier.csv, summary.json", highlight=False)
 
-
+# %% ../nbs/30_cli.ipynb #bbcfd85a
 @app.command()
 def train(
     config: Annotated[Path | None, typer.Argument(help="YAML configuration.")] = None,
@@ -88,7 +88,7 @@ def frontier(
     print(runs.frame.drop(columns=["path", "position"]).to_string(index=False))
     print(folder)
 
-
+# %% ../nbs/30_cli.ipynb #c2be6cb7
 @app.command()
 def train_lm(
     out: Annotated[Path, typer.Option(help="Folder for the model; the same folder resumes.")],

@@ -35,7 +35,7 @@ def convert(
         if value not in args:
             raise UserError(f"{where}: {value!r} is not one of the choices; {nearest(value, map(str, args))}")
         return value
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else from_dict(kind, value, where)
     if origin is tuple:
         items = [value] if isinstance(value, (str, int, float)) else value  # a single item may stand for a list of one
@@ -48,7 +48,7 @@ def convert(
         return {str(k): convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
     return _convert_scalar(value, kind, where)
 
-
+# %% ../nbs/01_config.ipynb #849ff9fc
 def _convert_union(value: Any, args: tuple, where: str) -> Any:
     if value is None and type(None) in args:
         return None

@@ -110,7 +110,7 @@ def write_json(
         temporary.write_text(json.dumps(content, indent=1, default=plain, ensure_ascii=False) + "\n", encoding="utf-8")
     return Path(path)
 
-
+# %% ../nbs/00_core.ipynb #c14e6693
 def read_json(
     path: str | Path,  # File to read
 ) -> Any:  # Its content
@@ -156,7 +156,7 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
     return found
 
-
+# %% ../nbs/00_core.ipynb #9432756f
 def provenance(
     config: dict,  # Resolved configuration
     *,
@@ -189,7 +189,7 @@ def load_result(
     check_format(record.get("format_version"), path)
     return result
 
-
+# %% ../nbs/00_core.ipynb #29c05a3b
 def check_format(
     version: Any,  # What the file says
     path: str | Path,  # For the message

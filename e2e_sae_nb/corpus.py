@@ -10,7 +10,6 @@ __all__ = ['PACKAGES', 'HELD_OUT_OF_256', 'END_OF_TEXT', 'docstrings_in', 'pytho
 # %% ../nbs/03_corpus.ipynb #51b4e041
 import ast
 import hashlib
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -172,7 +171,7 @@ def docstring_corpus(
         _build(folder, tokenizer_file, packages)
     return Corpus(folder, read_json(folder / "corpus.json"))
 
-
+# %% ../nbs/03_corpus.ipynb #bc44952c
 def _build(folder: Path, tokenizer_file: Path, packages: Sequence[str]) -> None:
     from tokenizers import Tokenizer
 

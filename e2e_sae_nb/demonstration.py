@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import to_dict
-from .core import Stopwatch, UserError, atomic_path, provenance, say, write_json
+from .core import Stopwatch, atomic_path, provenance, write_json
 from .frontiers import Frontier, FrontierConfig, bootstrap_ratio, ce_increase_ratio, frontier, row
 from .models import Subject, load_subject
 from .plotting import alt_text, new_axes, plot_frontier, save_figure

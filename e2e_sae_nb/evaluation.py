@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .core import UserError, progress
@@ -20,7 +19,7 @@ from .losses import Keep, downstream_positions
 from .metrics import LogitComparison, MeanPerSequence, VarianceExplained, ce_recovered, compare_logits, fired, l0
 from .models import Subject
 from .sae import SAE, SAEActs
-from .splicing import Original, original_pass, reconstruction, replay, replay_start
+from .splicing import original_pass, reconstruction, replay, replay_start
 
 # %% ../nbs/11_evaluate.ipynb #d5aa76b3
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class _Tally:
         self.variance[name].add(*pair)
         self.layer_normed[name].add(*pair)
 
-
+# %% ../nbs/11_evaluate.ipynb #3c3c8183
 def _add_batch(subject: Subject, members: list[tuple[Mapping[str, SAE], list[str], _Tally]], tokens: Tensor, keep: Keep) -> None:
     names = {name for saes, _, _ in members for name in saes}
     later = {name for _, points, _ in members for name in points}
@@ -163,7 +162,7 @@ def _later_points(subject: Subject, names: list[str]) -> list[str]:
     earliest = min(names, key=lambda name: subject.points[name].depth)
     return [*downstream_positions(subject, earliest), f"blocks.{len(subject.blocks) - 1}.hook_resid_post"]
 
-
+# %% ../nbs/11_evaluate.ipynb #acaff349
 def _result(saes: Mapping[str, SAE], later: list[str], tally: _Tally) -> EvalResult:
     mean = {key: values.mean for key, values in tally.output.items()}
     spread = {name: {"mse": v.mse, "explained_variance": v.ratio_of_sums, "explained_variance_per_token_mean": v.per_token_mean,

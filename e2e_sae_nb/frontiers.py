@@ -8,20 +8,18 @@ __all__ = ['TYPES', 'FrontierType', 'FrontierConfig', 'read_frontier', 'type_los
 
 # %% ../nbs/14_frontier.ipynb #ed495642
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from .config import convert
 from .core import Stopwatch, UserError, nearest
-from .losses import LossConfig, Plan, downstream_positions, e2e_ds_loss, e2e_loss, local_loss, run_original, run_type
+from .losses import LossConfig, Plan, downstream_positions, e2e_ds_loss, e2e_loss, local_loss, run_original
 from .models import Subject, load_subject, resolve_points
-from .plotting import alt_text, new_axes, plot_frontier, save_figure
 from .runs import MetricsLog, Run, RunConfig
-from .training import Training, accumulate, begin, evaluate_trainings, finish, optimizer_step, passes_per_step
+from .state import Training, begin
+from .training import accumulate, evaluate_trainings, finish, optimizer_step, passes_per_step
 
 # %% ../nbs/14_frontier.ipynb #946c8ef0
 TYPES = ("local", "e2e", "e2e+ds")
@@ -57,7 +55,7 @@ class FrontierConfig:
             raise UserError("a frontier needs a section like: frontier: {local: {lr: 1e-2, sparsity: [0.5, 1, 2]}, e2e: {...}}")
         return cls(RunConfig.from_dict({"lr": 1.0, "loss": {"sparsity": {"coeff": 0.0}, "logits_kl": {"coeff": 1.0}}, **values}), types)
 
-
+# %% ../nbs/14_frontier.ipynb #8f2b293b
 def read_frontier(
     values: Mapping[str, Any],  # A YAML file's mapping
     types: str | None = None,  # "local,e2e": only these
@@ -89,7 +87,7 @@ def type_loss(
         return e2e_ds_loss(coeff, spec.hook_positions or downstream_positions(subject, name), spec.total_coeff, spec.kl_coeff)
     return {"local": local_loss, "e2e": e2e_loss}[kind](coeff)
 
-
+# %% ../nbs/14_frontier.ipynb #9754b8f6
 def members(
     config: FrontierConfig,
     subject: Subject,
@@ -150,7 +148,7 @@ def row(run: Run) -> dict[str, Any]:
             "explained_variance": position["explained_variance"], "seed": run.config.seed, "tokens": s["tokens"],
             "seconds": s["seconds"], "seconds_shared": s.get("seconds_shared", 0.0), "position": name, "path": str(run.path)}
 
-
+# %% ../nbs/14_frontier.ipynb #17804244
 def frontier(
     configs: FrontierConfig | Sequence[RunConfig],  # A frontier's configuration, or its members
     *,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .core import Stopwatch, UserError, atomic_path, data_path, generator, pick_device, progress, provenance, say, write_json
 from .corpus import docstring_corpus, train_tokenizer
-from .data import DataConfig, belongs, open_documents, values_of
+from .documents import DataConfig, belongs, open_documents, values_of
 
 # %% ../nbs/15_lm.ipynb #0c777b2a
 @dataclass(frozen=True)
@@ -181,6 +181,15 @@ def compiled(function: Any, wanted: bool) -> Any:
     return torch.compile(function)
 
 # %% ../nbs/15_lm.ipynb #57c40426
+def _update(model, optimizers: list, config: LMConfig, lr: float) -> None:
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+# %% ../nbs/15_lm.ipynb #1e5816f9
 def train_lm(
     config: LMConfig,
     train: np.ndarray,  # [n] training stream
@@ -193,7 +202,8 @@ def train_lm(
 ) -> Any:  # The trained transformers model
     "Train a subject model; called again with the same folder, it goes on where it was stopped."
     out, clock, where = Path(out), Stopwatch(), pick_device(device)
-    model = new_model(config, vocab_size).to(where)
+    model: Any = new_model(config, vocab_size)
+    model.to(where)
     optimisers = optimizers(model, config)
     total = math.ceil(config.epochs * (len(train) / ((config.n_ctx + 1) * config.batch_size)))
     step, record = _load(out / "resume.pt", model, optimisers) if (out / "resume.pt").is_file() else (0, [])
@@ -203,15 +213,9 @@ def train_lm(
     for rows in batches(train, config, step):
         if step >= total:
             break
-        for optimizer in optimisers:
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * lr_factor(step, total, config)
         loss = loss_fn(model, rows.to(where), compile)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        for optimizer in optimisers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        _update(model, optimisers, config, config.lr * lr_factor(step, total, config))
         step += 1
         bar.update()
         if step % config.eval_every == 0 or step == total:

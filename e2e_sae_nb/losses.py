@@ -100,7 +100,7 @@ class InToOrigConfig:
     def __post_init__(self):
         _non_negative("in_to_orig.total_coeff", self.total_coeff)
 
-
+# %% ../nbs/08_losses.ipynb #6469823e
 @dataclass(frozen=True)
 class LossConfig:
     "Any weighted combination of the terms (the `loss` section of a run's configuration)."
@@ -250,7 +250,7 @@ def kl_term(
         orig, new = orig[keep], new[keep]
     return kl_orig_to_new(*((orig, new) if head is None else (head(orig), head(new)))).mean()
 
-
+# %% ../nbs/08_losses.ipynb #ec9390f6
 def weigh(
     terms: Mapping[str, Tensor],
     loss: LossConfig,

@@ -78,12 +78,12 @@ class VarianceExplained:
         if self.layer_normed:
             predicted, actual = (F.layer_norm(x, x.shape[-1:]) for x in (predicted, actual))
         if self.shift is None:
-            self.shift, self.total = actual[0].clone(), torch.zeros_like(actual[0])
+            self.shift = actual[0].clone()
         error, centred = (predicted - actual).square().sum(-1), actual - self.shift
         self.count += len(actual)
         self.error += error.sum().item()
         self.square += centred.square().sum().item()
-        self.total = self.total + centred.sum(0)
+        self.total = centred.sum(0) if self.total is None else self.total + centred.sum(0)
         self.ratios += (1 - error / (actual - actual.mean(0)).square().sum(-1)).sum().item()
 
     @property

@@ -20,7 +20,7 @@ STYLES: dict[str, dict[str, Any]] = {  # run type -> how it is drawn
     "e2e+ds": {"color": "#009E73", "marker": "^", "linestyle": "-."},
     "mixed": {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
 }
-RC = {"figure.dpi": 110, "savefig.dpi": 160, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
+RC: dict[Any, Any] = {"figure.dpi": 110, "savefig.dpi": 160, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
       "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.6, "legend.frameon": False, "figure.figsize": (5.2, 3.6)}
 
 

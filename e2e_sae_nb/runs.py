@@ -10,20 +10,18 @@ import html
 import json
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 
 from .checkpoint import latest_checkpoint, load_saes
 from .config import apply_overrides, from_dict, read_yaml, to_dict
 from .core import DTYPES, UserError, atomic_path, nearest, progress, read_json, say
-from .data import DataConfig
+from .documents import DataConfig
 from .losses import LossConfig, run_type
 from .sae import SAE, SAEConfig
 
@@ -45,7 +43,7 @@ class _Readable:
         "Read a YAML file and apply 'a.b=c' overrides."
         return cls.from_dict(apply_overrides(read_yaml(path), overrides))
 
-
+# %% ../nbs/12_runs.ipynb #8ede9ccf
 @dataclass(frozen=True)
 class RunConfig(_Readable):
     "Everything that decides a run."
@@ -184,7 +182,7 @@ def _wandb_login() -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
 
-
+# %% ../nbs/12_runs.ipynb #fc2e3ce8
 def _tensorboard(config: RunConfig, folder: Path | None) -> Sink | None:
     if not config.tensorboard or folder is None:
         return None
@@ -193,7 +191,12 @@ def _tensorboard(config: RunConfig, folder: Path | None) -> Sink | None:
     except ImportError:
         raise UserError("tensorboard: true needs the package: pip install 'e2e_sae_nb[tensorboard]'") from None
     writer = SummaryWriter(str(folder / "tensorboard"))
-    return (lambda samples, values: [writer.add_scalar(k, v, samples) for k, v in values.items()] and None), writer.close
+
+    def log(samples: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, samples)
+
+    return log, writer.close
 
 # %% ../nbs/12_runs.ipynb #335af09e
 def new_run_dir(
@@ -218,7 +221,7 @@ def new_run_dir(
         temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
     return folder
 
-
+# %% ../nbs/12_runs.ipynb #934b332a
 @dataclass
 class Run:
     "A run: its folder, configuration, SAEs and results."

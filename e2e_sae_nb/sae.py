@@ -97,8 +97,8 @@ def unit_mean_square_scale(
 @torch.no_grad()
 def fold_input_scale(sae: SAE) -> None:
     "Absorb `input_scale` into the biases, in place; the reconstruction stays the same and codes come in units of x."
-    sae.b_enc /= sae.input_scale
-    sae.b_dec /= sae.input_scale
+    sae.b_enc.div_(sae.input_scale)
+    sae.b_dec.div_(sae.input_scale)
     sae.input_scale.fill_(1.0)
 
 # %% ../nbs/06_sae.ipynb #bd8fd23e

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from .core import UserError
-from .models import Point, Subject, find_point
+from .layouts import Point
+from .models import Subject, find_point
 from .sae import SAE, SAEActs
 
 # %% ../nbs/07_splice.ipynb #600396b2
@@ -45,7 +46,7 @@ def edit(
                 stack.callback(handle.remove)
         yield
 
-
+# %% ../nbs/07_splice.ipynb #d7992e6d
 def _hooks(model: nn.Module, point: Point, function: Edit) -> list[Any]:
     module, held = model.get_submodule(point.module), {}
 
@@ -125,7 +126,7 @@ class Original:
     states: dict[int, Tensor] = field(default_factory=dict)  # block -> the hidden state it was called with
     calls: dict[int, tuple[tuple, dict]] = field(default_factory=dict)  # block -> its other arguments
 
-
+# %% ../nbs/07_splice.ipynb #ab60f0ea
 @torch.no_grad()
 def original_pass(
     subject: Subject,

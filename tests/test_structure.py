@@ -1,0 +1,134 @@
+"""The house rules: imports point downward, cells and modules stay small, notebooks are light, navigation is complete."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+from notebooks import all_notebooks
+
+PACKAGE = ROOT / "e2e_sae_nb"
+MODULES = sorted(p for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
+TRAINING_PATH = ["core", "config", "documents", "data", "layouts", "models", "sae", "splicing", "losses", "metrics", "evaluation", "checkpoint", "runs", "state", "training"]
+
+
+def number(path) -> tuple[int, str]:
+    "A module's place in the book, from the header nbdev writes."
+    found = re.search(r"File to edit: \.\./nbs/(\d+)([a-z]*)_", path.read_text(encoding="utf-8"))
+    assert found, f"{path.name} was not exported from a numbered notebook"
+    return int(found[1]), found[2]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_imports_point_downward(path):
+    numbers = {p.stem: number(p) for p in MODULES}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level == 1 or module.startswith("e2e_sae_nb"):
+                names = [module.removeprefix("e2e_sae_nb").lstrip(".").split(".")[0]]
+        elif isinstance(node, ast.Import):
+            names = [a.name.split(".")[1] for a in node.names if a.name.startswith("e2e_sae_nb.")]
+        for name in filter(None, names):
+            assert numbers[name] < numbers[path.stem], f"{path.stem} imports {name}, which comes later in the book"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_module_size(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+
+
+@pytest.mark.parametrize("path", all_notebooks(), ids=lambda p: p.stem)
+def test_notebook(path):
+    assert path.stat().st_size <= 400_000, "outputs are too heavy"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    first = "".join(cells[0]["source"])
+    assert first.startswith("# ") and re.search(r"^> ", first, re.M), "a page begins with a title and a line that says what it is about"
+    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    if any(re.search(r"^#\|\s*default_exp", s, re.M) for s in sources):
+        assert "nbdev_export()" in sources[-1], "the last cell exports"
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            assert not any(o["output_type"] == "error" for o in cell["outputs"])
+            if re.match(r"\s*#\|\s*exports?\b", source):
+                assert len(source.splitlines()) <= 40, f"an exported cell of {len(source.splitlines())} lines: {source[:80]}"
+
+
+def test_every_page_is_in_the_navigation():
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+
+    def pages(entries):
+        for entry in entries:
+            if isinstance(entry, str):
+                yield entry
+            else:
+                yield from pages(entry.get("contents", []))
+
+    listed = sorted(pages(config["website"]["sidebar"]["contents"]))
+    assert listed == sorted(str(p.relative_to(ROOT)) for p in all_notebooks())
+    settings = (ROOT / "settings.ini").read_text()
+    assert f"doc_path = {config['project']['output-dir']}\n" in settings
+    assert config["website"]["sidebar"]["style"] in ("docked", "floating") and isinstance(config["format"]["html"]["toc"], bool)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_transformer_lens_is_met_in_one_place(path):
+    if path.stem != "models":
+        assert "transformer_lens" not in re.sub(r'"[^"\n]*"', "", path.read_text(encoding="utf-8"))
+
+
+def imported(code: str) -> set[str]:
+    "Modules loaded after running code in a fresh interpreter, from a folder that is not the checkout."
+    show = "; import sys; print('\\n'.join(sys.modules))"
+    return set(subprocess.run([sys.executable, "-c", code + show], capture_output=True, text=True, check=True, cwd="/").stdout.split())
+
+
+def test_training_path_imports_no_heavy_extras():
+    loaded = imported("import " + ", ".join(f"e2e_sae_nb.{name}" for name in TRAINING_PATH))
+    assert "e2e_sae_nb.training" in loaded
+    assert not loaded & {"transformer_lens", "datasets", "wandb", "tensorboard", "umap", "jupyterlab", "nbdev"}
+
+
+def test_import_is_light():
+    loaded = imported("import e2e_sae_nb, e2e_sae_nb.cli")
+    assert "e2e_sae_nb.cli" in loaded and not loaded & {"torch", "transformers", "transformer_lens", "datasets", "pandas", "matplotlib"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_module_imports_alone(path):
+    assert f"e2e_sae_nb.{path.stem}" in imported(f"import e2e_sae_nb.{path.stem}")
+
+
+def test_public_names_are_what_they_say():
+    import types
+
+    import e2e_sae_nb
+    import e2e_sae_nb.demonstration  # after everything is loaded, no name may have become a module
+
+    assert set(e2e_sae_nb.__all__) == {name for names in e2e_sae_nb._WHERE.values() for name in names}
+    for name in e2e_sae_nb.__all__:
+        assert not isinstance(getattr(e2e_sae_nb, name), types.ModuleType), name
+
+
+def tracked() -> list[str]:
+    out = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if out.returncode:
+        pytest.skip("not a git checkout")
+    return [name for name in out.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_tracked_tree_is_small():
+    assert sum((ROOT / name).stat().st_size for name in tracked()) < 40e6
+
+
+def test_no_machine_paths():
+    for name in tracked():
+        if not name.endswith((".safetensors", ".png", ".bin")):
+            text = (ROOT / name).read_text(encoding="utf-8", errors="ignore")
+            assert not re.search(r"(?<![\w.])/(?:work|root|home/\w+)/\w", text), f"{name} holds a path of some machine"
