@@ -53,6 +53,7 @@ class FrontierConfig:
                 raise UserError(f"frontier: unknown type {kind!r}; {nearest(kind, TYPES)}")
         if not types:
             raise UserError("a frontier needs a section like: frontier: {local: {lr: 1e-2, sparsity: [0.5, 1, 2]}, e2e: {...}}")
+        types = {kind: types[kind] for kind in TYPES if kind in types}
         return cls(RunConfig.from_dict({"lr": 1.0, "loss": {"sparsity": {"coeff": 0.0}, "logits_kl": {"coeff": 1.0}}, **values}), types)
 
 # %% ../nbs/14_frontier.ipynb #8f2b293b

@@ -34,6 +34,7 @@ LAYOUTS: dict[str, Layout] = {  # by transformers' config.model_type
     "gpt_neo": Layout("transformer.h", "transformer.ln_f", "attn", "mlp", "attn.attention.out_proj", "mlp.c_proj"),
     "gpt_neox": Layout("gpt_neox.layers", "gpt_neox.final_layer_norm", "attention", "mlp", "attention.dense", "mlp.dense_4h_to_h"),
     "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA,
+    "native": Layout("layers", "ln_out", "attn", "mlp", "attn.o", "mlp.out"),  # TransformerLens' own, as a bridge holds it
     "gemma2": _GEMMA, "gemma3_text": _GEMMA,
     "gemma3": Layout("model.language_model.layers", "model.language_model.norm", *list(vars(_GEMMA).values())[2:]),
 }
@@ -106,7 +107,8 @@ def transformer_points(
         found.append(Point(f"blocks.{i}.hook_resid_post", after, "in", (i + 1, -1), d_model))
     return {point.name: point for point in found}
 
-# %% ../nbs/04a_layouts.ipynb #f044f8c8
+# %% ../nbs/04a_layouts.ipynb #eee8af78
 def _fan_in(linear: nn.Module | None) -> int:
+    linear = getattr(linear, "original_component", linear)  # TransformerLens' bridges wrap it
     width = getattr(linear, "in_features", None) or getattr(linear, "nx", None)  # transformers' Conv1D calls it nx
     return int(width) if width else 0

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .core import UserError
+from .linear_kl import linear_kl
 from .models import Head, Subject, find_point, resolve_points
 from .sae import SAE, SAEActs
 from .splicing import Original, original_pass, reconstruction, replay, replay_start
@@ -245,9 +246,10 @@ def kl_term(
     new: Tensor,  # Final hidden states of the spliced network
     keep: Keep,
 ) -> Float[Tensor, ""]:
-    "Mean KL(orig || new) over the tokens that count. The slow definition: full logits."
-    if keep is not None:
-        orig, new = orig[keep], new[keep]
+    "Mean KL(orig || new) over the tokens that count, without full logits where the head is a plain linear map."
+    orig, new = (h.flatten(0, -2) if keep is None else h[keep] for h in (orig, new))
+    if head is not None and isinstance(head.linear, torch.nn.Linear):
+        return linear_kl(head, orig, new)
     return kl_orig_to_new(*((orig, new) if head is None else (head(orig), head(new)))).mean()
 
 # %% ../nbs/08_losses.ipynb #ec9390f6

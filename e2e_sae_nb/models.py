@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['Head', 'text_config', 'head_of', 'Subject', 'find_point', 'resolve_points', 'load_subject', 'subject_from_model',
-           'find_source', 'unreachable', 'open_bridge', 'tiny_model', 'tiny_subject']
+           'find_source', 'hub_reachable', 'unreachable', 'open_bridge', 'tiny_model', 'native_subject', 'tiny_subject']
 
 # %% ../nbs/05_models.ipynb #1648a615
 import inspect
+import os
+import socket
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from jaxtyping import Float
@@ -35,7 +39,7 @@ class Head:
 
 def text_config(model: nn.Module) -> Any:
     "The part of a model's configuration that describes its language model."
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None) or getattr(model, "cfg", None)  # TransformerLens calls it cfg
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -43,12 +47,14 @@ def head_of(
     model: nn.Module,  # A transformers causal language model
 ) -> Head:
     "The unembedding of a model with what its configuration does to the logits afterwards."
-    config, linear = text_config(model), model.get_output_embeddings()  # type: ignore[operator]
+    config, getter = text_config(model), getattr(model, "get_output_embeddings", None)
+    linear = getter() if getter else getattr(model, "head", None)
     if linear is None:
         raise UserError("the model has no output embedding, so it predicts no tokens; a causal language model is needed")
     divisor = getattr(config, "logits_scaling", None)
     scale = 1.0 / divisor if divisor else float(getattr(config, "logit_scale", None) or 1.0)
-    return Head(linear, scale, getattr(config, "final_logit_softcapping", None))
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "output_logits_soft_cap", None)
+    return Head(linear, scale, cap if cap and cap > 0 else None)
 
 # %% ../nbs/05_models.ipynb #ffbc3d98
 class Subject:
@@ -62,9 +68,9 @@ class Subject:
         self.norm = model.get_submodule(layout.norm) if layout else None
         self.head = head_of(model) if layout else None
         config = text_config(model)
-        lengths = (getattr(config, key, None) for key in ("n_positions", "max_position_embeddings"))
+        lengths = (getattr(config, key, None) for key in ("n_positions", "max_position_embeddings", "n_ctx"))
         self.n_ctx: int | None = next((n for n in lengths if n), None)
-        self.vocab_size: int | None = getattr(config, "vocab_size", None)
+        self.vocab_size: int | None = getattr(config, "vocab_size", None) or getattr(config, "d_vocab", None)
         self.device, self.dtype = next(((p.device, p.dtype) for p in model.parameters()), (torch.device("cpu"), torch.float32))
         takes = inspect.signature(model.forward).parameters
         self._kwargs = {"use_cache": False} if "use_cache" in takes else {}  # a recorded cache would double the keys
@@ -140,8 +146,9 @@ def subject_from_model(
     tokenizer: Any = None,
 ) -> Subject:
     "Wrap a loaded model; its parameters are frozen and it is put into evaluation mode."
-    layout = find_layout(model, getattr(text_config(model), "model_type", ""))
-    points = transformer_points(model, layout, text_config(model).hidden_size)
+    layout = find_layout(model, getattr(text_config(model), "model_type", "native"))
+    config = text_config(model)
+    points = transformer_points(model, layout, getattr(config, "hidden_size", None) or config.d_model)
     return Subject(model, points, name=name, tokenizer=tokenizer, layout=layout)
 
 # %% ../nbs/05_models.ipynb #be8f2eb4
@@ -175,23 +182,38 @@ def _load_model(source: str, dtype: str) -> nn.Module:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype_named(dtype))
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype_named(dtype), local_files_only=not hub_reachable())
     except (OSError, ValueError, KeyError) as error:
         raise UserError(unreachable(source, error)) from None
     finally:
         if shown:
             logging.enable_progress_bar()
 
-# %% ../nbs/05_models.ipynb #0c98e2ea
+# %% ../nbs/05_models.ipynb #e8e0c29d
 def _load_tokenizer(source: str, required: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, local_files_only=not hub_reachable())
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:  # a model folder need not hold one
         if required:
             raise UserError(unreachable(source, error)) from None
         return None
+
+
+@lru_cache
+def hub_reachable() -> bool:
+    "Whether the Hub answers at all; asked once, since its client goes on trying for a minute when there is no network."
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # reached through a proxy, if at all
+    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        socket.create_connection((address.hostname, address.port or (443 if address.scheme == "https" else 80)), timeout=5).close()
+        return True
+    except OSError:
+        return False
 
 
 def unreachable(source: str, error: Exception) -> str:
@@ -259,7 +281,16 @@ def tiny_model(
                 nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
-# %% ../nbs/05_models.ipynb #ae6d6b1c
+# %% ../nbs/05_models.ipynb #87de5c8c
+def native_subject(
+    **config: Any,  # TransformerBridgeConfig's keys: n_layers, d_model, n_ctx, d_head, n_heads, d_vocab, act_fn, ...
+) -> Subject:
+    "A tiny random model of TransformerLens' own kind (`TransformerBridge.boot_native`); transformers is not asked."
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return subject_from_model(TransformerBridge.boot_native(config).original_model, name="native")
+
+
 def tiny_subject(model_type: str = "gpt2", **kwargs: Any) -> Subject:
     "A `Subject` around `tiny_model`."
     return subject_from_model(tiny_model(model_type, **kwargs), name=f"tiny {model_type}")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lr_factor', 'ActivationWindow', 'Training', 'begin', 'data_for', 'initial_saes', 'save', 'resume']
 
-# %% ../nbs/12a_state.ipynb #9dacab1d
+# %% ../nbs/12a_state.ipynb #d02e5ba1
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,7 @@ from torch import Tensor
 from .checkpoint import latest_checkpoint, load_saes, load_tensors, optimizer_tensors, read_cfg, restore_optimizer, save_checkpoint
 from .config import to_dict
 from .core import UserError, config_hash, read_json
-from .data import TokenStream, keep_mask, open_stream, special_token_ids
+from .data import TokenStream, check_stream, keep_mask, open_stream, special_token_ids
 from .documents import Role
 from .losses import Plan, make_plan, run_type
 from .metrics import fired
@@ -112,6 +112,8 @@ def begin(
     if not plan.local:
         check_replay(subject)
     stream = data_for(config, subject, "train")
+    for each in (stream, data_for(config, subject, "eval")):
+        check_stream(each)
     saes = initial_saes(config, subject, names)
     optimizer = torch.optim.Adam(trainable(saes.values()), lr=config.lr, fused=subject.device.type in ("cuda", "cpu"))
     window = ActivationWindow(config.collect_act_frequency_every_n_samples, config.act_frequency_n_tokens)

@@ -1,0 +1,149 @@
+"""The command line on a tiny model and local data: training from the reference's YAML keys, mistakes, kill -9 and resume."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer
+
+from e2e_sae_nb import RunConfig, load_run
+from e2e_sae_nb.core import data_path
+from e2e_sae_nb.losses import run_type
+from e2e_sae_nb.models import tiny_model
+
+CONFIGS = sorted((Path(__file__).parent / "configs").glob("gpt2_*.yaml"))
+CLI = [sys.executable, "-c", "from e2e_sae_nb.cli import main; main()"]
+
+
+def cli(*words, **kwargs):
+    return subprocess.run([*CLI, *map(str, words)], capture_output=True, text=True, timeout=300, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A folder with a 12-block GPT-2 and pretokenized rows, both small."
+    folder = tmp_path_factory.mktemp("place")
+    tiny_model("gpt2", n_layer=12, n_embd=8, n_positions=16, vocab_size=50).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(data_path("docstrings-lm")).save_pretrained(folder / "model")
+    rng = random.Random(0)
+    rows = (json.dumps({"input_ids": [rng.randrange(50) for _ in range(16)]}) for _ in range(3000))
+    (folder / "tokens.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def local(place, **changes) -> list[str]:
+    "Overrides that point a published configuration at the small local model and data, and shorten it."
+    data = {"dataset_name": place / "tokens.jsonl", "n_ctx": 16, "tokenizer_name": "null"}
+    settings = {"tlens_model_name": "null", "tlens_model_path": place / "model", "n_samples": 128, "warmup_samples": 16, "eval_n_samples": 8,
+                "eval_every_n_samples": 64, "saes.dict_size_to_input_ratio": 4, "device": "cpu", "act_frequency_n_tokens": 256,
+                **{f"{side}.{k}": v for side in ("train_data", "eval_data") for k, v in data.items()}, **changes}
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_published_keys_load(path):
+    with pytest.warns(UserWarning, match="obsolete"):
+        config = RunConfig.from_yaml(path)
+    assert run_type(config.loss) == {"gpt2_local": "local", "gpt2_e2e": "e2e", "gpt2_e2e_ds": "e2e+ds"}[path.stem]
+    assert config.lr == 5e-4 and config.saes.sae_positions == ("blocks.6.hook_resid_pre",)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_published_keys_train(path, place, tmp_path):
+    "With a wandb project named but no login: one line says that the run is logged offline, and nothing fails."
+    done = cli("train", path, *local(place, save_dir=tmp_path), env={**os.environ, "E2E_SAE_PROGRESS": "1", "WANDB_API_KEY": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("logged offline") == 1
+    run = load_run(done.stdout.strip().splitlines()[-1])
+    assert run.summary["samples"] == 128 and run.summary["positions"]["blocks.6.hook_resid_pre"]["d_sae"] == 32
+    assert {"config_hash", "git_commit", "versions", "device", "seed", "tokens", "seconds", "utc", "command"} <= set(run.summary["provenance"])
+    assert (run.path / "wandb").is_dir()
+    evaluated = cli("evaluate", run.path)
+    assert evaluated.returncode == 0, evaluated.stderr[-2000:]
+    assert "without_first_position_and_special_tokens" in json.loads((run.path / "evaluation.json").read_text())
+
+
+@pytest.mark.parametrize("change, says", [
+    ("batchsize=4", "did you mean 'batch_size'"), ("saes.sae_positions=blocks.6.hook_residpre", "did you mean"),
+    ("loss.logits_kl.coeff=-1", "must not be negative"), ("lr=fast", "expected float"), ("train_data.column_name=ids", "column"),
+    ("train_data.n_ctx=17", "at most 16"), ("lr", "key=value"), ("tlens_model_path=./nowhere", "no folder"),
+    ("saes.sae_positions=blocks.60.hook_resid_pre", "no hook point"), ("train_data.dataset_name=./nothing", "holds no data files")])
+def test_mistakes_are_one_line(change, says, place, tmp_path):
+    overrides = [w for w in local(place, save_dir=tmp_path, wandb_project="null")]
+    done = cli("train", CONFIGS[1], *overrides, "--set", change)
+    assert done.returncode == 2, done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("e2e-sae:")]
+    assert len(lines) == 1 and says in lines[0], done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir()), "a run that could not begin left a folder behind"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kill_and_resume(seed, place, tmp_path):
+    "SIGKILL at a random moment; the resumed run ends with the weights of an uninterrupted one, bit for bit."
+    overrides = local(place, save_dir=tmp_path, wandb_project="null", n_samples=2048, save_every_n_samples=64, eval_every_n_samples="null",
+                      log_every_n_grad_steps=4)
+    whole = cli("train", CONFIGS[1], *overrides, "--set", "wandb_run_name=whole")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    cut = tmp_path / "cut"
+    process = subprocess.Popen([*CLI, "train", str(CONFIGS[1]), *overrides, "--set", "wandb_run_name=cut"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.time() + 120
+    while not list((cut / "checkpoints").glob("samples_*")) and time.time() < until and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.Random(seed).uniform(0, 0.6))
+    assert process.poll() is None, "the run ended before it could be killed; make it longer"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "summary.json").exists()
+    resumed = cli("train", "--resume", cut)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    a, b = load_run(tmp_path / "whole"), load_run(cut)
+    for p, q in zip(a.saes["blocks.6.hook_resid_pre"].parameters(), b.saes["blocks.6.hook_resid_pre"].parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert a.summary["kl"] == b.summary["kl"]
+    keys = [json.loads(line)["samples"] for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    assert keys == [json.loads(line)["samples"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resume_wants_a_run(tmp_path):
+    done = cli("train", "--resume", tmp_path)
+    assert done.returncode == 2 and "not a run folder" in done.stderr
+
+
+def test_tensorboard_gets_the_numbers(place, tmp_path):
+    done = cli("train", CONFIGS[0], *local(place, save_dir=tmp_path, wandb_project="null", tensorboard="true"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(tmp_path.glob("*/tensorboard/events*"))
+
+
+def test_frontier_command(place, tmp_path):
+    values = yaml.safe_load(CONFIGS[1].read_text())
+    values.pop("loss")
+    values["frontier"] = {"local": {"lr": 1e-2, "sparsity": [0.1, 1]}, "e2e": {"lr": 1e-2, "sparsity": [0.1]}, "e2e+ds": {"lr": 1e-2, "sparsity": [0.1]}}
+    (tmp_path / "f.yaml").write_text(yaml.safe_dump(values))
+    done = cli("frontier", tmp_path / "f.yaml", "--types", "local,e2e", "--out", tmp_path / "out", *local(place, wandb_project="null"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [r["type"] for r in summary["runs"]] == ["local", "local", "e2e"]
+    assert all((tmp_path / "out" / name).is_file() for name in ("frontier.csv", "frontier.png", "report.html"))
+    wrong = cli("frontier", tmp_path / "f.yaml", "--sparsity", "1,2", *local(place))
+    assert wrong.returncode == 2 and "single type" in wrong.stderr
+
+
+def test_train_lm_command(tmp_path):
+    (tmp_path / "mine.txt").write_text("\n".join(f"line {i} says {i * 7 % 10} and then {i * 3 % 11}" for i in range(3000)))
+    done = cli("train-lm", "--data", tmp_path / "mine.txt", "--out", tmp_path / "lm", "--vocab-size", "300", "--eager", "--set", "n_layer=2",
+               "--set", "d_model=16", "--set", "n_head=2", "--set", "n_ctx=16", "--set", "batch_size=8", "--set", "epochs=0.3")
+    assert done.returncode == 0, done.stderr[-2000:]
+    from e2e_sae_nb import load_subject
+
+    assert load_subject(tmp_path / "lm", device="cpu").tokenizer is not None
