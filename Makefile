@@ -25,7 +25,7 @@ bench: $(STAMP)  ## speed and memory against the reference's way of computing
 	$(BIN)/e2e-sae bench $(ARGS)
 
 lab: $(STAMP)  ## JupyterLab on the tutorial
-	$(BIN)/jupyter lab nbs/tutorials/tutorial.ipynb
+	$(BIN)/jupyter lab $(ARGS) nbs/tutorials/tutorial.ipynb
 
 docs: $(STAMP)  ## the site in _docs/: by quarto if it is on PATH, otherwise by the renderer from PyPI
 	@if command -v quarto >/dev/null; then PATH="$(CURDIR)/$(BIN):$$PATH" quarto render; else $(BIN)/python -m e2e_sae_nb._docs; fi
@@ -49,4 +49,4 @@ test-gpu: $(STAMP)  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 clean:  ## remove builds and caches, keep the environment and out/
-	rm -rf _proc _docs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

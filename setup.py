@@ -7,6 +7,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
+from setuptools.errors import FileError
 
 HERE = Path(__file__).parent
 settings = configparser.ConfigParser(delimiters=["="])
@@ -17,12 +18,24 @@ cfg = settings["DEFAULT"]
 class BuildWithModel(build_py):
     "The embedded language model lies in data/, where people look for it, and travels inside the package."
 
+    model = Path("data") / "docstrings-lm"
+
     def run(self):
+        if self.editable_mode:  # an editable install reads the checkout's data/
+            super().run()
+            return
+        if not (HERE / self.model / "model.safetensors").is_file():
+            raise FileError(f"{self.model}/model.safetensors is missing: the package would have no model to run on")
+        package = Path(self.build_lib).resolve() / cfg["lib_path"]
+        if package != HERE.resolve() / cfg["lib_path"]:
+            shutil.rmtree(package, ignore_errors=True)  # modules renamed since the last build would travel along
         super().run()
-        if not self.editable_mode:  # an editable install reads the checkout's data/
-            target = Path(self.build_lib) / cfg["lib_path"] / "_data" / "docstrings-lm"
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(HERE / "data" / "docstrings-lm", target)
+        shutil.copytree(HERE / self.model, package / "_data" / self.model.name, dirs_exist_ok=True)
+
+    def get_source_files(self):
+        "What a source distribution needs to build the same wheel."
+        model = (str(self.model / path.name) for path in sorted((HERE / self.model).glob("*")) if path.is_file())
+        return [*super().get_source_files(), "settings.ini", *model]
 
 
 setup(
@@ -50,6 +63,7 @@ setup(
         "wandb": ["wandb>=0.19"],
         "tensorboard": ["tensorboard>=2.18"],
         "umap": ["umap-learn>=0.5.7"],
+        "hub": ["huggingface_hub>=1.0"],
     },
     entry_points={
         "console_scripts": shlex.split(cfg["console_scripts"]),

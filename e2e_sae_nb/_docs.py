@@ -7,6 +7,7 @@
 The leading underscore keeps this module out of nbdev's index.
 """
 
+import ast
 import contextlib
 import functools
 import html
@@ -37,9 +38,40 @@ def _pages() -> dict[str, str]:
         for path in nbglob(as_path=True)}
 
 
+@functools.lru_cache
+def _documented(notebook: str) -> set[str]:
+    "Anchors of the symbols that a page shows: public definitions of its exported cells, patched methods, explicit `show_doc`s."
+    from nbdev.config import get_config
+
+    cfg: Any = get_config()
+    found = set()
+    for cell in json.loads((cfg.config_path / notebook.lstrip("/")).read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        found |= set(re.findall(r"^show_doc\(([\w.]+)", source, re.M))
+        if cell["cell_type"] != "code" or not re.search(r"^#\s*\|\s*exports?\b", source, re.M):
+            continue
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+                patched = any(ast.unparse(decorator).split("(")[0] == "patch" for decorator in node.decorator_list)
+                owner = node.args.args[0].annotation if patched and not isinstance(node, ast.ClassDef) else None
+                found.add(f"{ast.unparse(owner)}.{node.name}" if owner else node.name)
+    return {name.lower() for name in found}
+
+
+def _anchor(notebook: str, name: str | None) -> str:
+    "nbdev links every symbol in its index; a method inside a class leads to the class, a private function to the page."
+    while name:
+        if name in _documented(notebook):
+            return f"#{name}"
+        name = name.rpartition(".")[0]
+    return ""
+
+
 def _local(text: str) -> str:
     for address, notebook in _pages().items():
-        text = text.replace(f"]({address}", f"]({notebook}")
+        if address in text:
+            text = re.sub(
+                rf"\]\({re.escape(address)}(?:#([^)\s]+))?\)", lambda m, page=notebook: f"]({page}{_anchor(page, m[1])})", text)
     return text
 
 
@@ -70,20 +102,32 @@ def filter_notebook() -> None:
     print(nb2str(notebook))
 
 
-def _mathml(match: re.Match) -> str:
+def _mathml(match: re.Match, wrong: list[str]) -> str:
     from latex2mathml.converter import convert
 
-    return convert(html.unescape(match[2]), display="block" if match[1] == "display" else "inline")
+    formula = html.unescape(match[2])
+    try:
+        result = convert(formula, display="block" if match[1] == "display" else "inline")
+    except Exception as error:  # latex2mathml's exceptions have no base class of their own
+        wrong.append(f"{type(error).__name__} in formula {formula!r}")
+        return match[0]
+    if unknown := re.search(r"<mi>(\\[A-Za-z]+)</mi>", result):  # it lets macros it does not know pass as text
+        wrong.append(f"unknown macro {unknown[1]} in formula {formula!r}")
+    return result
 
 
-def _offline(out: Path) -> None:
-    "Replace what the renderer would load from the network: KaTeX by MathML, web fonts by none."
+def _offline(out: Path) -> list[str]:
+    "Replace what the renderer would load from the network, KaTeX by MathML, web fonts by none; returns the formulas that fail."
+    wrong: list[str] = []
     for path in out.rglob("*.html"):
+        bad: list[str] = []
         text = re.sub(r"<(?:link|script)[^>]*katex[^>]*>(?:</script>)?", "", path.read_text(encoding="utf-8"))
-        text = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', _mathml, text, flags=re.S)
+        text = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', functools.partial(_mathml, wrong=bad), text, flags=re.S)
         path.write_text(text, encoding="utf-8")
+        wrong += [f"{path.name}: {what}" for what in bad]
     for path in out.rglob("*.css"):
         path.write_text(re.sub(r"@import url\(https?://[^)]*\);?", "", path.read_text(encoding="utf-8")), encoding="utf-8")
+    return wrong
 
 
 def site() -> int:
@@ -97,13 +141,13 @@ def site() -> int:
     cache = proc_nbs(".", folder_re=rf"^\./{cfg.nbs_path.name}(/|$)", skip_file_re=r"^[_.]|\.(py|md|in|toml)$", force=True)
     state = build(cache)
     out = Path(state.out)
-    _offline(out)
+    wrong = _offline(out)
     first = next((page.out for page in state.pages.values() if page.out.name == "index.html"), next(iter(state.pages.values())).out)
     if not (out / "index.html").exists():
         (out / "index.html").write_text(f'<!doctype html><meta http-equiv="refresh" content="0;URL={first}"><title>e2e_sae_nb</title>')
     shutil.rmtree(cfg.doc_path, ignore_errors=True)
     shutil.move(out, cfg.doc_path)
-    bad = [warning for warning in state.warnings if not any(known in warning for known in QUARTO_ONLY)]
+    bad = wrong + [warning for warning in state.warnings if not any(known in warning for known in QUARTO_ONLY)]
     print("\n".join(bad) or f"{len(state.pages)} pages in {Path(cfg.doc_path).name}")
     return int(bool(bad))
 

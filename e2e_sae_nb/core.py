@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'DTYPES', 'T', 'UserError', 'nearest', 'repo_root', 'data_path', 'cache_dir', 'atomic_path',
            'write_json', 'read_json', 'config_hash', 'git_commit', 'versions', 'provenance', 'load_result',
-           'check_format', 'generator', 'pick_device', 'dtype_named', 'show_progress', 'progress', 'say', 'Stopwatch']
+           'check_format', 'generator', 'pick_device', 'dtype_named', 'show_progress', 'progress', 'say',
+           'peak_memory_bytes', 'Stopwatch']
 
 # %% ../nbs/00_core.ipynb #68950cb8
 import contextlib
@@ -262,6 +263,20 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def peak_memory_bytes(device: torch.device) -> int:
+    "Peak memory of this process (CUDA: peak allocated on the device)."
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+# %% ../nbs/00_core.ipynb #730ea115
 class Stopwatch:
     "Seconds since it was made, as a float: `clock = Stopwatch(); ...; float(clock)`."
 

@@ -11,6 +11,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ DEMO: dict[str, Any] = {
     "tlens_model_name": "docstrings",
     "saes": {"sae_positions": "blocks.3.hook_resid_pre", "dict_size_to_input_ratio": 16},
     "train_data": {"dataset_name": "docstrings", "n_ctx": 256, "seed": 0},
-    "n_samples": 1200, "batch_size": 8, "warmup_samples": 80, "min_lr_factor": 0.1, "max_grad_norm": 10.0,
+    "n_samples": 1000, "batch_size": 8, "warmup_samples": 80, "min_lr_factor": 0.1, "max_grad_norm": 10.0,
     "eval_n_samples": 400,
     "collect_act_frequency_every_n_samples": 0,
     "frontier": {
-        "local": {"lr": 1e-2, "sparsity": [0.5, 1.0, 2.0, 4.0]},
+        "local": {"lr": 1e-2, "sparsity": [0.5, 1.0, 2.0]},
         "e2e": {"lr": 1e-2, "sparsity": [0.5, 1.0, 2.0]},
-        "e2e+ds": {"lr": 1e-2, "sparsity": [1.0, 2.0, 4.0], "total_coeff": 2.5, "kl_coeff": 0.5},
+        "e2e+ds": {"lr": 1e-2, "sparsity": [1.5, 3.0, 6.0], "total_coeff": 2.5, "kl_coeff": 0.5},
     },
 }
 
@@ -45,8 +46,6 @@ def demo(
 ) -> Frontier:
     "Train, evaluate and report the demo's frontier."
     out, clock = Path(out), Stopwatch()
-    from dataclasses import replace
-
     config = config or FrontierConfig.from_dict(DEMO)
     config = replace(config, base=replace(config.base, save_dir=out / "runs"))
     subject = subject or load_subject(config.base.tlens_model_path or config.base.tlens_model_name or "", device=config.base.device)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .core import UserError, progress
 from .losses import Keep, downstream_positions
-from .metrics import LogitComparison, MeanPerSequence, VarianceExplained, ce_recovered, compare_logits, fired, l0
+from .metrics import LogitComparison, MeanPerSequence, VarianceExplained, ce_recovered, compare_with_many, fired, l0
 from .models import Subject
 from .sae import SAE, SAEActs
-from .splicing import original_pass, reconstruction, replay, replay_start
+from .splicing import Replayed, original_pass, reconstruction, replay, replay_start
 
 # %% ../nbs/11_evaluate.ipynb #d5aa76b3
 @dataclass(frozen=True)
@@ -63,15 +63,18 @@ CHUNK = 2048  # tokens whose logits exist at a time
 def compare_hidden(
     subject: Subject,
     orig: Float[Tensor, "batch pos d"],  # Final hidden states of the original network
-    new: Float[Tensor, "batch pos d"],  # Of the other one
+    news: Sequence[Float[Tensor, "batch pos d"]],  # Of other networks
     tokens: Int[Tensor, "batch pos"],
-) -> LogitComparison:  # Each of shape [batch, pos - 1]
-    "Compare two networks' next-token predictions, never holding more than `CHUNK` tokens' logits."
-    shape = tokens[:, 1:].shape
-    a, b, target = orig[:, :-1].flatten(0, 1), new[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    parts = [compare_logits(subject.logits(x), subject.logits(y), t)
-             for x, y, t in zip(a.split(CHUNK), b.split(CHUNK), target.split(CHUNK), strict=True)]
-    return LogitComparison(*(torch.cat(columns).view(shape) for columns in zip(*parts, strict=True)))
+) -> list[LogitComparison]:  # Per other network; each of shape [batch, pos - 1]
+    "Compare next-token predictions, never holding more than `CHUNK` tokens' logits of a network."
+    shape, target = tokens[:, 1:].shape, tokens[:, 1:].flatten()
+    rows, others = orig[:, :-1].flatten(0, 1), [new[:, :-1].flatten(0, 1) for new in news]
+    parts: list[list[LogitComparison]] = []
+    for start in range(0, len(rows), CHUNK):
+        part = slice(start, start + CHUNK)
+        parts.append(compare_with_many(subject.logits(rows[part]), (subject.logits(h[part]) for h in others), target[part]))
+    joined = zip(*parts, strict=True)  # per network: its chunks
+    return [LogitComparison(*(torch.cat(columns).view(shape) for columns in zip(*chunks, strict=True))) for chunks in joined]
 
 # %% ../nbs/11_evaluate.ipynb #be937d83
 class _Tally:
@@ -100,21 +103,24 @@ class _Tally:
         self.variance[name].add(*pair)
         self.layer_normed[name].add(*pair)
 
-# %% ../nbs/11_evaluate.ipynb #3c3c8183
+# %% ../nbs/11_evaluate.ipynb #8f120eac
 def _add_batch(subject: Subject, members: list[tuple[Mapping[str, SAE], list[str], _Tally]], tokens: Tensor, keep: Keep) -> None:
     names = {name for saes, _, _ in members for name in saes}
     later = {name for _, points, _ in members for name in points}
     original = original_pass(subject, tokens, sorted(later), start=replay_start(subject, list(names)))
-    zero_ce: dict[tuple[str, ...], Tensor] = {}  # places set to zero -> cross-entropy; members at one place share it
-    for saes, points, tally in members:
+    assert original.hidden is not None
+    spliced: list[tuple[Replayed, dict[str, SAEActs]]] = []
+    for saes, points, _ in members:
         acts: dict[str, SAEActs] = {}
-        edits = {name: reconstruction(sae, keep, False, lambda a, name=name: acts.__setitem__(name, a)) for name, sae in saes.items()}
-        new, assumed = replay(subject, original, edits, points), original.hidden
-        assert assumed is not None
-        if tuple(saes) not in zero_ce:
-            zeros = {name: (lambda x: torch.zeros_like(x) if keep is None else x.masked_fill(keep.unsqueeze(-1), 0.0)) for name in saes}
-            zero_ce[tuple(saes)] = compare_hidden(subject, assumed, replay(subject, original, zeros).hidden, tokens).ce_new
-        tally.add_output(compare_hidden(subject, assumed, new.hidden, tokens), zero_ce[tuple(saes)], keep)
+        edits = {name: reconstruction(sae, keep, False, lambda a, name=name, acts=acts: acts.__setitem__(name, a)) for name, sae in saes.items()}
+        spliced.append((replay(subject, original, edits, points), acts))
+    places = list(dict.fromkeys(tuple(saes) for saes, _, _ in members))  # sets of places; members at the same places share the ablation
+    erase = lambda x: torch.zeros_like(x) if keep is None else x.masked_fill(keep.unsqueeze(-1), 0.0)
+    ablated = [replay(subject, original, dict.fromkeys(place, erase)).hidden for place in places]
+    compared = compare_hidden(subject, original.hidden, [new.hidden for new, _ in spliced] + ablated, tokens)
+    zero_ce = {place: c.ce_new for place, c in zip(places, compared[len(members) :], strict=True)}
+    for (saes, points, tally), (new, acts), comparison in zip(members, spliced, compared, strict=False):
+        tally.add_output(comparison, zero_ce[tuple(saes)], keep)
         tally.tokens += tokens.numel() if keep is None else int(keep.sum())
         for name in saes:
             tally.add_sae(name, acts[name], keep)

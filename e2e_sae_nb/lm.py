@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .core import Stopwatch, UserError, atomic_path, data_path, generator, pick_device, progress, provenance, say, write_json
-from .corpus import docstring_corpus, train_tokenizer
+from .corpus import docstring_corpus, read_docstrings, split_by_hash, train_tokenizer
 from .documents import DataConfig, belongs, open_documents, values_of
 
 # %% ../nbs/15_lm.ipynb #0c777b2a
@@ -260,12 +260,15 @@ def prepare_text(
     data: str,  # "docstrings", or a text dataset
     out: str | Path,  # Where the tokenizer is written
     vocab_size: int = 4096,
+    new_tokenizer: bool = False,  # For docstrings: learn the tokenizer anew instead of taking the embedded model's
 ) -> tuple[dict[str, np.ndarray], int]:  # Streams (train first), vocabulary size
     "Token streams for `train_lm`, and their tokenizer in the model's folder."
     from transformers import AutoTokenizer
 
     if data == "docstrings":
-        folder = data_path("docstrings-lm")
+        if new_tokenizer:
+            train_tokenizer(split_by_hash(text for _, text in read_docstrings())[0], vocab_size).save_pretrained(out)
+        folder = Path(out) if new_tokenizer else data_path("docstrings-lm")
         corpus, tokenizer = docstring_corpus(folder), AutoTokenizer.from_pretrained(folder)
         streams = {name: corpus.tokens(name) for name in ("train", "held_out", "held_out_all")}
     else:

@@ -281,14 +281,14 @@ def tiny_model(
                 nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
-# %% ../nbs/05_models.ipynb #87de5c8c
+# %% ../nbs/05_models.ipynb #cc94ab6d
 def native_subject(
     **config: Any,  # TransformerBridgeConfig's keys: n_layers, d_model, n_ctx, d_head, n_heads, d_vocab, act_fn, ...
 ) -> Subject:
     "A tiny random model of TransformerLens' own kind (`TransformerBridge.boot_native`); transformers is not asked."
     from transformer_lens.model_bridge import TransformerBridge
 
-    return subject_from_model(TransformerBridge.boot_native(config).original_model, name="native")
+    return subject_from_model(TransformerBridge.boot_native(config).original_model, name="native")  # type: ignore[attr-defined]
 
 
 def tiny_subject(model_type: str = "gpt2", **kwargs: Any) -> Subject:

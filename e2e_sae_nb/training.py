@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['train_step', 'passes_per_step', 'accumulate', 'optimizer_step', 'log_values', 'train', 'evaluate_training',
-           'evaluate_trainings', 'peak_memory_bytes', 'finish', 'summarise', 'evaluate']
+           'evaluate_trainings', 'finish', 'summarise', 'evaluate']
 
 # %% ../nbs/13_train.ipynb #68867412
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .config import to_dict
-from .core import Stopwatch, UserError, provenance, say, write_json
+from .core import Stopwatch, UserError, peak_memory_bytes, provenance, say, write_json
 from .data import TokenStream
 from .evaluation import EvalResult, evaluate_many
 from .losses import Objective, objective, run_original, run_type
@@ -155,20 +154,6 @@ def _first_samples(stream: TokenStream, n: int | None):
         left -= len(batch)
 
 # %% ../nbs/13_train.ipynb #cf49f51a
-def peak_memory_bytes(device: torch.device) -> int:
-    "Peak memory of this process (CUDA: peak allocated on the device)."
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def finish(t: Training, log: MetricsLog, seconds: float, result: EvalResult | None = None, **further: Any) -> Run:
     "Save, evaluate unless a result is given, and write the summary (with `further` facts)."
     t.seconds = seconds

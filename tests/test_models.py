@@ -5,7 +5,6 @@ The models are saved in Hugging Face format and loaded back from the folder, by 
 
 import pytest
 import torch
-
 from transformers import AutoTokenizer
 
 from e2e_sae_nb.core import UserError, data_path

@@ -1,9 +1,14 @@
 """Every notebook runs: in a fresh kernel as a reader runs it, and under nbdev's own runner as its developers do."""
 
+import configparser
+
 import pytest
+from conftest import ROOT
 from notebooks import all_notebooks, run
 
 NOTEBOOKS = all_notebooks()
+SETTINGS = configparser.ConfigParser(delimiters=["="])
+SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -19,5 +24,5 @@ def test_nbdev(path, monkeypatch):
 
     monkeypatch.chdir(path.parent)
     monkeypatch.setenv("IN_TEST", "1")
-    passed, _ = test_nb(path, skip_flags=["notest", "slow", "cuda"])
+    passed, _ = test_nb(path, skip_flags=SETTINGS["DEFAULT"]["tst_flags"].split())
     assert passed, f"a cell of {path.name} failed; see the captured output"

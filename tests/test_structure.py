@@ -13,14 +13,22 @@ from notebooks import all_notebooks
 
 PACKAGE = ROOT / "e2e_sae_nb"
 MODULES = sorted(p for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
+EXPORTS, FLAGS = {"export", "exports", "exporti"}, {"notest", "slow", "cuda"}
+IMPORTS = (ast.Import, ast.ImportFrom)
 TRAINING_PATH = ["core", "config", "documents", "data", "layouts", "models", "sae", "splicing", "losses", "metrics", "evaluation", "checkpoint", "runs", "state", "training"]
 
 
 def number(path) -> tuple[int, str]:
     "A module's place in the book, from the header nbdev writes."
-    found = re.search(r"File to edit: \.\./nbs/(\d+)([a-z]*)_", path.read_text(encoding="utf-8"))
+    found = re.search(r"File to edit: \.\./nbs/((\d+)([a-z]*)_\w+\.ipynb)", path.read_text(encoding="utf-8"))
     assert found, f"{path.name} was not exported from a numbered notebook"
-    return int(found[1]), found[2]
+    # nbdev_export never deletes: a renamed notebook leaves its old module behind
+    assert (ROOT / "nbs" / found[1]).is_file(), f"{path.name} comes from {found[1]}, which is gone"
+    return int(found[2]), found[3]
+
+
+def directives(source: str) -> set[str]:
+    return set(re.findall(r"^\s*#\s*\|\s*(\w+)", source, re.M))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
@@ -51,13 +59,31 @@ def test_notebook(path):
     assert first.startswith("# ") and re.search(r"^> ", first, re.M), "a page begins with a title and a line that says what it is about"
     sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     if any(re.search(r"^#\|\s*default_exp", s, re.M) for s in sources):
-        assert "nbdev_export()" in sources[-1], "the last cell exports"
+        assert "nbdev_export()" in sources[-1] and directives(sources[-1]) >= {"hide"}, "the last cell exports and is hidden"
     for cell in cells:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code":
             assert not any(o["output_type"] == "error" for o in cell["outputs"])
-            if re.match(r"\s*#\|\s*exports?\b", source):
+            if directives(source) & EXPORTS:
                 assert len(source.splitlines()) <= 40, f"an exported cell of {len(source.splitlines())} lines: {source[:80]}"
+                # such a cell would be in the module, but its name undefined when the page is built
+                assert not directives(source) & {"eval", *FLAGS}, f"an exported cell always runs: {source[:80]}"
+
+
+@pytest.mark.parametrize("path", all_notebooks(), ids=lambda p: p.stem)
+def test_imports_have_their_own_cells(path):
+    "Where a page documents a module, the site's builder executes every cell that holds an import, without the cells before it."
+    cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    if not any(directives("".join(c["source"])) & EXPORTS for c in cells):
+        return
+    for cell in cells:
+        source = "".join(cell["source"])
+        if directives(source) & {"eval", *EXPORTS} or "nbdev_export()" in source:
+            continue
+        tree = ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M))
+        if any(isinstance(node, IMPORTS) for node in ast.walk(tree)):
+            rest = [node for node in tree.body if not isinstance(node, IMPORTS)]
+            assert not rest, f"cell {cell['id']} holds an import and other code: {ast.unparse(rest[0])[:80]}"
 
 
 def test_every_page_is_in_the_navigation():
@@ -71,6 +97,8 @@ def test_every_page_is_in_the_navigation():
                 yield from pages(entry.get("contents", []))
 
     listed = sorted(pages(config["website"]["sidebar"]["contents"]))
+    navbar = {entry["href"] for entry in config["website"]["navbar"]["left"] if entry["href"].endswith(".ipynb")}
+    assert navbar <= set(listed)
     assert listed == sorted(str(p.relative_to(ROOT)) for p in all_notebooks())
     settings = (ROOT / "settings.ini").read_text()
     assert f"doc_path = {config['project']['output-dir']}\n" in settings
@@ -86,7 +114,9 @@ def test_transformer_lens_is_met_in_one_place(path):
 def imported(code: str) -> set[str]:
     "Modules loaded after running code in a fresh interpreter, from a folder that is not the checkout."
     show = "; import sys; print('\\n'.join(sys.modules))"
-    return set(subprocess.run([sys.executable, "-c", code + show], capture_output=True, text=True, check=True, cwd="/").stdout.split())
+    result = subprocess.run([sys.executable, "-c", code + show], capture_output=True, text=True, cwd="/")
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
 
 
 def test_training_path_imports_no_heavy_extras():

@@ -1,0 +1,53 @@
+"""Which learning rate suits which objective? The ends of the demo's frontier at each rate of one common grid, for every type.
+
+`python benchmarks/demo_learning_rates.py` writes data/results/demo_learning_rates.json (some twelve minutes on 2 cores). A type's best rate
+is the one with the lowest CE increase on average over the range of L0 that all rates of this type cover (geometric mean of the
+linearly interpolated frontier at 20 points); if they cover no common range, the one with the lowest CE increase at its median L0.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from e2e_sae_nb.core import Stopwatch, provenance, write_json
+from e2e_sae_nb.demonstration import DEMO
+from e2e_sae_nb.frontiers import TYPES, FrontierConfig, frontier
+from e2e_sae_nb.models import load_subject
+
+GRID = (3e-3, 1e-2, 3e-2)
+OUT = Path(__file__).resolve().parent.parent / "data" / "results" / "demo_learning_rates.json"
+
+
+def best(rows: list[dict]) -> dict[str, float]:
+    chosen = {}
+    for kind in TYPES:
+        curves = {lr: sorted((r["l0"], r["ce_increase"]) for r in rows if r["type"] == kind and r["lr"] == lr) for lr in GRID}
+        low, high = max(c[0][0] for c in curves.values()), min(c[-1][0] for c in curves.values())
+        if high > low:
+            grid = np.linspace(low, high, 20)
+            score = {lr: float(np.log(np.interp(grid, *zip(*c, strict=True))).mean()) for lr, c in curves.items()}
+        else:
+            score = {lr: c[len(c) // 2][1] for lr, c in curves.items()}
+        chosen[kind] = min(score, key=lambda lr: score[lr])
+    return chosen
+
+
+def main() -> None:
+    subject, clock, rows = load_subject(DEMO["tlens_model_name"], device="cpu"), Stopwatch(), []
+    for lr in GRID:
+        values = copy.deepcopy(DEMO) | {"save_dir": None}
+        for spec in values["frontier"].values():
+            spec["lr"], spec["sparsity"] = lr, [spec["sparsity"][0], spec["sparsity"][-1]]
+        for r in frontier(FrontierConfig.from_dict(values), subject=subject).frame.to_dict("records"):
+            rows.append({key: r[key] for key in ("type", "lr", "sparsity_coeff", "l0", "ce_increase", "kl", "alive", "tokens", "seconds")})
+            print(rows[-1], file=sys.stderr, flush=True)
+        record = provenance({k: v for k, v in DEMO.items()}, seed=0, tokens=sum(r["tokens"] for r in rows), seconds=float(clock),
+                            command="python benchmarks/demo_learning_rates.py")
+        finished = len({r["lr"] for r in rows}) == len(GRID)
+        write_json(OUT, {"grid": GRID, "runs": rows, "best": best(rows) if finished else None, "provenance": record})
+
+
+if __name__ == "__main__":
+    main()
