@@ -32,7 +32,7 @@ docs: $(STAMP)  ## the site in _docs/: by quarto if it is on PATH, otherwise by 
 	$(BIN)/python tools/check_site.py _docs
 
 lint: $(STAMP)  ## ruff and pyright
-	$(BIN)/ruff check e2e_sae_nb tests tools setup.py
+	$(BIN)/ruff check e2e_sae_nb tests tools benchmarks setup.py
 	$(BIN)/pyright
 
 check: $(STAMP)  ## notebooks clean, modules and README in step with them

@@ -1,8 +1,9 @@
 """Which learning rate suits which objective? The ends of the demo's frontier at each rate of one common grid, for every type.
 
-`python benchmarks/demo_learning_rates.py` writes data/results/demo_learning_rates.json (some twelve minutes on 2 cores). A type's best rate
-is the one with the lowest CE increase on average over the range of L0 that all rates of this type cover (geometric mean of the
-linearly interpolated frontier at 20 points); if they cover no common range, the one with the lowest CE increase at its median L0.
+`python benchmarks/demo_learning_rates.py` writes data/results/demo_learning_rates.json (some twelve minutes on 2 cores). A rate is judged
+by the CE increase it reaches with *at most* x active latents: its linearly interpolated frontier, which above its largest L0 stays where it
+is and below its smallest is unreachable. The best rate has the lowest geometric mean of that over x from the first value all rates reach
+up to BUDGET, the region the demo shows.
 """
 
 import copy
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from e2e_sae_nb.core import Stopwatch, provenance, write_json
+from e2e_sae_nb.core import Stopwatch, provenance, read_json, write_json
 from e2e_sae_nb.demonstration import DEMO
 from e2e_sae_nb.frontiers import TYPES, FrontierConfig, frontier
 from e2e_sae_nb.models import load_subject
 
 GRID = (3e-3, 1e-2, 3e-2)
+BUDGET = 130.0
 OUT = Path(__file__).resolve().parent.parent / "data" / "results" / "demo_learning_rates.json"
 
 
@@ -24,19 +26,16 @@ def best(rows: list[dict]) -> dict[str, float]:
     chosen = {}
     for kind in TYPES:
         curves = {lr: sorted((r["l0"], r["ce_increase"]) for r in rows if r["type"] == kind and r["lr"] == lr) for lr in GRID}
-        low, high = max(c[0][0] for c in curves.values()), min(c[-1][0] for c in curves.values())
-        if high > low:
-            grid = np.linspace(low, high, 20)
-            score = {lr: float(np.log(np.interp(grid, *zip(*c, strict=True))).mean()) for lr, c in curves.items()}
-        else:
-            score = {lr: c[len(c) // 2][1] for lr, c in curves.items()}
+        budgets = np.linspace(max(c[0][0] for c in curves.values()), BUDGET, 20)
+        score = {lr: float(np.log(np.interp(budgets, *zip(*c, strict=True))).mean()) for lr, c in curves.items()}
         chosen[kind] = min(score, key=lambda lr: score[lr])
     return chosen
 
 
 def main() -> None:
-    subject, clock, rows = load_subject(DEMO["tlens_model_name"], device="cpu"), Stopwatch(), []
-    for lr in GRID:
+    subject, clock = load_subject(DEMO["tlens_model_name"], device="cpu"), Stopwatch()
+    rows = read_json(OUT)["runs"] if OUT.is_file() else []  # rates that are done are not run again; delete the file to begin anew
+    for lr in sorted(set(GRID) - {r["lr"] for r in rows}):
         values = copy.deepcopy(DEMO) | {"save_dir": None}
         for spec in values["frontier"].values():
             spec["lr"], spec["sparsity"] = lr, [spec["sparsity"][0], spec["sparsity"][-1]]
@@ -46,7 +45,7 @@ def main() -> None:
         record = provenance({k: v for k, v in DEMO.items()}, seed=0, tokens=sum(r["tokens"] for r in rows), seconds=float(clock),
                             command="python benchmarks/demo_learning_rates.py")
         finished = len({r["lr"] for r in rows}) == len(GRID)
-        write_json(OUT, {"grid": GRID, "runs": rows, "best": best(rows) if finished else None, "provenance": record})
+        write_json(OUT, {"grid": GRID, "budget": BUDGET, "runs": rows, "best": best(rows) if finished else None, "provenance": record})
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ DEMO: dict[str, Any] = {
     "eval_n_samples": 400,
     "collect_act_frequency_every_n_samples": 0,
     "frontier": {
-        "local": {"lr": 1e-2, "sparsity": [0.5, 1.0, 2.0]},
-        "e2e": {"lr": 1e-2, "sparsity": [0.5, 1.0, 2.0]},
+        "local": {"lr": 1e-2, "sparsity": [0.5, 1.0, 2.0, 4.0]},
+        "e2e": {"lr": 1e-2, "sparsity": [0.05, 0.15, 0.4]},
         "e2e+ds": {"lr": 1e-2, "sparsity": [1.5, 3.0, 6.0], "total_coeff": 2.5, "kl_coeff": 0.5},
     },
 }

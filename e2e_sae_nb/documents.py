@@ -62,9 +62,7 @@ def belongs(
     config: DataConfig,
     role: Role,
 ) -> bool:
-    "Whether a document is for this role."
-    if role == "eval" and (config.split != "train" or config.held_out_share == 0):
-        return True
+    "Whether a document of a split that serves both roles is for this one."
     return (content_hash(document) < config.held_out_share) == (role == "eval")
 
 # %% ../nbs/03a_documents.ipynb #8d186bf1

@@ -57,7 +57,7 @@ class EvalResult:
         return asdict(self)
 
 # %% ../nbs/11_evaluate.ipynb #4a451e7a
-CHUNK = 2048  # tokens whose logits exist at a time
+CHUNK = 256  # tokens whose logits exist at a time
 
 
 def compare_hidden(

@@ -49,12 +49,12 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, s
         z = z * scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
-# %% ../nbs/07a_linear_kl.ipynb #84c3063f
+# %% ../nbs/07a_linear_kl.ipynb #44e7fe85
 def linear_kl(
     head: Head,  # The unembedding, an nn.Linear with frozen weights
     orig: Float[Tensor, "tokens d"],  # Final hidden states of the original network; a constant
     new: Float[Tensor, "tokens d"],  # Final hidden states of the spliced network
-    chunk: int = 512,  # Tokens whose logits exist at a time
+    chunk: int = 256,  # Tokens whose logits exist at a time
 ) -> Float[Tensor, ""]:  # nats per token
     "Mean KL(orig || new) of the predictions, differentiable in `new`."
     return _LinearKL.apply(new, orig, head.linear.weight, head.linear.bias, head.scale, head.softcap, chunk)  # type: ignore[no-any-return]
