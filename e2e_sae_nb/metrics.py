@@ -25,7 +25,7 @@ def l0(
 
 def fired(
     c: Float[Tensor, "*batch d_sae"],  # Code
-) -> Int[Tensor, "d_sae"]:
+) -> Int[Tensor, " d_sae"]:
     "How often each latent was active. A latent is *alive* on some tokens if it fired at least once."
     return torch.count_nonzero(c.flatten(0, -2), dim=0)
 

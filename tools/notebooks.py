@@ -21,6 +21,11 @@ def all_notebooks() -> list[Path]:
     return sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts))
 
 
+def volatile(output: nbformat.NotebookNode) -> bool:
+    "What libraries say on stderr, and their progress bars: they differ from run to run and are not the page's story."
+    return (output.output_type == "stream" and output.name == "stderr") or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
 def run(path: Path, timeout: int = 600) -> nbformat.NotebookNode:
     "Execute a notebook in a fresh kernel in its own folder; raises at the first failing cell; nothing is saved."
     notebook = nbformat.read(path, as_version=4)
@@ -31,8 +36,7 @@ def run(path: Path, timeout: int = 600) -> nbformat.NotebookNode:
     NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            # what libraries say on stderr differs from run to run and is not the page's story
-            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+            cell.outputs = [o for o in cell.outputs if not volatile(o)]
         cell.metadata.pop("execution", None)
         if "skip-execution" in cell.metadata.get("tags", []):
             cell.metadata["tags"].remove("skip-execution")
