@@ -102,10 +102,10 @@ def bench(
     clock = Stopwatch()
     result = run_bench(shape, steps)
     for r in result["results"]:
-        speed, peak, work = r["tokens_per_second"], r["peak_memory_bytes"], r["working_memory_bytes"]
-        print(f"{r['objective']:7s} {speed['reference']:8.0f} -> {speed['ours']:8.0f} tokens/s (x {r['ratio']:.2f}), working memory "
-              f"{work['reference'] / 1e9:.2f} -> {work['ours'] / 1e9:.2f} GB, peak {peak['reference'] / 1e9:.2f} -> {peak['ours'] / 1e9:.2f} GB, "
-              f"loss differs by {r['loss_relative_error']:.0e}, share of the floor {r['share_of_floor']:.0%}")
+        print(f"{r['objective']}: loss differs by {r['loss_relative_error']:.0e}, gradient cosine {r['gradient_cosine']:.7f}, L0 {r['l0']:.0f}")
+        for side, speed in r["tokens_per_second"].items():
+            print(f"  {side:18s} {speed:8.0f} tokens/s (x {r['ratios'][side]:.2f}), share of the floor {r['shares_of_floor'][side]:4.0%}, working memory "
+                  f"{r['working_memory_bytes'][side] / 1e9:.2f} GB, peak {r['peak_memory_bytes'][side] / 1e9:.2f} GB")
     if json_file is not None:
         write_json(json_file, result | {"provenance": provenance({"shape": shape, "steps": steps}, seed=0, seconds=float(clock))})
 

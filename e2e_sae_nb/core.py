@@ -6,7 +6,7 @@
 __all__ = ['FORMAT_VERSION', 'DTYPES', 'T', 'UserError', 'nearest', 'repo_root', 'data_path', 'cache_dir', 'atomic_path',
            'write_json', 'read_json', 'config_hash', 'git_commit', 'versions', 'provenance', 'load_result',
            'check_format', 'generator', 'pick_device', 'dtype_named', 'show_progress', 'progress', 'say',
-           'peak_memory_bytes', 'Stopwatch']
+           'reset_peak_memory', 'peak_memory_bytes', 'Stopwatch']
 
 # %% ../nbs/00_core.ipynb #68950cb8
 import contextlib
@@ -262,6 +262,15 @@ def say(message: str) -> None:
     if show_progress():
         print(message, file=sys.stderr, flush=True)
 
+# %% ../nbs/00_core.ipynb #7f0740f7
+def reset_peak_memory(device: torch.device) -> None:
+    "Begin measuring `peak_memory_bytes` anew, where the system can (Linux and CUDA)."
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
 
 def peak_memory_bytes(device: torch.device) -> int:
     "Peak memory of this process (CUDA: peak allocated on the device)."
@@ -271,6 +280,8 @@ def peak_memory_bytes(device: torch.device) -> int:
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
+    if sys.platform == "linux":  # unlike getrusage's figure, this one can be reset
+        return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

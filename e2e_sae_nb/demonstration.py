@@ -27,13 +27,13 @@ DEMO: dict[str, Any] = {
     "tlens_model_name": "docstrings",
     "saes": {"sae_positions": "blocks.3.hook_resid_pre", "dict_size_to_input_ratio": 16},
     "train_data": {"dataset_name": "docstrings", "n_ctx": 256, "seed": 0},
-    "n_samples": 1000, "batch_size": 8, "warmup_samples": 80, "min_lr_factor": 0.1, "max_grad_norm": 10.0,
+    "n_samples": 2000, "batch_size": 4, "warmup_samples": 1000, "min_lr_factor": 0.1, "max_grad_norm": 10.0, "compute_dtype": "bfloat16",
     "eval_n_samples": 400,
     "collect_act_frequency_every_n_samples": 0,
     "frontier": {
-        "local": {"lr": 1e-2, "sparsity": [0.5, 1.0, 2.0, 4.0]},
-        "e2e": {"lr": 1e-2, "sparsity": [0.05, 0.15, 0.4]},
-        "e2e+ds": {"lr": 1e-2, "sparsity": [1.5, 3.0, 6.0], "total_coeff": 2.5, "kl_coeff": 0.5},
+        "local": {"lr": 1e-2, "sparsity": [2.0, 4.0, 8.0]},
+        "e2e": {"lr": 1e-2, "sparsity": [0.25, 0.8, 2.5]},
+        "e2e+ds": {"lr": 1e-2, "sparsity": [5.0, 12.0, 30.0], "total_coeff": 2.5, "kl_coeff": 0.5},
     },
 }
 

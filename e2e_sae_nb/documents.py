@@ -69,17 +69,18 @@ def belongs(
 def pack(
     documents: Iterable[list[int]],  # Token ids per document
     n_ctx: int,
-    end_of_text: int,  # Appended to each document
+    end_of_text: int | None,  # Appended to each document, if wanted
     bos: int | None = None,  # First token of each row, if wanted
 ) -> Iterator[np.ndarray]:  # Rows of n_ctx ids
     "Join documents and cut them into full rows."
-    head, left = ([] if bos is None else [bos]), []
+    head, end, left = [] if bos is None else [bos], [] if end_of_text is None else [end_of_text], []
     width = n_ctx - len(head)
     for document in documents:
-        left += [*document, end_of_text]
-        while len(left) >= width:
-            yield np.array(head + left[:width], dtype=np.int64)
-            left = left[width:]
+        left += [*document, *end]
+        full = len(left) - len(left) % width
+        for start in range(0, full, width):
+            yield np.array(head + left[start : start + width], dtype=np.int64)
+        del left[:full]
 
 
 def cut(

@@ -8,6 +8,7 @@ __all__ = ['CHUNK', 'PositionResult', 'EvalResult', 'compare_hidden', 'evaluate_
 # %% ../nbs/11_evaluate.ipynb #7da0ab90
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from .core import UserError, progress
 from .losses import Keep, downstream_positions
-from .metrics import LogitComparison, MeanPerSequence, VarianceExplained, ce_recovered, compare_with_many, fired, l0
+from .metrics import LogitComparison, MeanPerSequence, VarianceExplained, ce_recovered, compare_with_many, counted, fired, l0
 from .models import Subject
 from .sae import SAE, SAEActs
+from .sparse_step import sparse_forward
 from .splicing import Replayed, original_pass, reconstruction, replay, replay_start
 
 # %% ../nbs/11_evaluate.ipynb #d5aa76b3
@@ -95,7 +97,7 @@ class _Tally:
 
     def add_sae(self, name: str, acts: SAEActs, keep: Keep) -> None:
         self.l0[name].add(l0(acts.c), keep)
-        self.fired[name] += fired(acts.c if keep is None else acts.c[keep].unsqueeze(0)).cpu()
+        self.fired[name] += fired(counted(acts.c, keep)).cpu()
         self.add_variance(name, acts.output, acts.input, keep)
 
     def add_variance(self, name: str, predicted: Tensor, actual: Tensor, keep: Keep) -> None:
@@ -112,7 +114,7 @@ def _add_batch(subject: Subject, members: list[tuple[Mapping[str, SAE], list[str
     spliced: list[tuple[Replayed, dict[str, SAEActs]]] = []
     for saes, points, _ in members:
         acts: dict[str, SAEActs] = {}
-        edits = {name: reconstruction(sae, keep, False, lambda a, name=name, acts=acts: acts.__setitem__(name, a)) for name, sae in saes.items()}
+        edits = {name: reconstruction(partial(sparse_forward, sae), keep, False, lambda a, name=name, acts=acts: acts.__setitem__(name, a)) for name, sae in saes.items()}
         spliced.append((replay(subject, original, edits, points), acts))
     places = list(dict.fromkeys(tuple(saes) for saes, _, _ in members))  # sets of places; members at the same places share the ablation
     erase = lambda x: torch.zeros_like(x) if keep is None else x.masked_fill(keep.unsqueeze(-1), 0.0)

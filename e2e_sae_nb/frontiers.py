@@ -42,11 +42,13 @@ class FrontierConfig:
 
     base: RunConfig
     types: dict[str, FrontierType]
+    share_log_probs: bool = True  # faster; costs one [tokens vocab] tensor
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "FrontierConfig":
         "Read a run configuration that has a `frontier` section."
         values = dict(values)
+        share = convert(values.pop("share_log_probs", True), bool, "share_log_probs")
         types = convert(values.pop("frontier", {}), dict[str, FrontierType], "frontier")
         for kind in types:
             if kind not in TYPES:
@@ -54,7 +56,7 @@ class FrontierConfig:
         if not types:
             raise UserError("a frontier needs a section like: frontier: {local: {lr: 1e-2, sparsity: [0.5, 1, 2]}, e2e: {...}}")
         types = {kind: types[kind] for kind in TYPES if kind in types}
-        return cls(RunConfig.from_dict({"lr": 1.0, "loss": {"sparsity": {"coeff": 0.0}, "logits_kl": {"coeff": 1.0}}, **values}), types)
+        return cls(RunConfig.from_dict({"lr": 1.0, "loss": {"sparsity": {"coeff": 0.0}, "logits_kl": {"coeff": 1.0}}, **values}), types, share)
 
 # %% ../nbs/14_frontier.ipynb #8f2b293b
 def read_frontier(
@@ -110,13 +112,16 @@ def frontier_step(
     trainings: Sequence[Training],  # The first one's stream is the stream of all
     plan: Plan,  # The shared one
     share: list[float],  # Seconds each member has used; added to
+    share_log_probs: bool = True,  # Keep the original's log-probabilities [tokens vocab] while a batch lasts
 ) -> list[dict[str, float]]:  # What each member has to log
     "One optimizer step of every member on the same tokens."
     first = trainings[0]
     values: list[dict[str, float]] = [{} for _ in trainings]
     for last in [False] * (passes_per_step(first.config) - 1) + [True]:
         tokens = next(first.stream).to(first.subject.device)
-        original = run_original(first.subject, tokens, plan)
+        with first.precision():
+            original = run_original(first.subject, tokens, plan)
+        original.log_probs = [] if share_log_probs and len(trainings) > 1 else None
         for i, t in enumerate(trainings):
             clock = Stopwatch()
             values[i] |= accumulate(t, tokens, original)
@@ -165,11 +170,12 @@ def frontier(
     check_members(all_configs)
     trainings = [begin(config, subject) for config in all_configs]
     logs = [MetricsLog(t.config, t.folder, show=i == 0, total=base.n_samples) for i, t in enumerate(trainings)]
+    keep_log_probs = not isinstance(configs, FrontierConfig) or configs.share_log_probs
     share, clock, plan = [0.0] * len(trainings), Stopwatch(), shared_plan([t.plan for t in trainings])
     logs[0].bar.set_description(f"{len(trainings)} SAEs")
     while base.n_samples is None or trainings[0].samples < base.n_samples:
         try:
-            logged = frontier_step(trainings, plan, share)
+            logged = frontier_step(trainings, plan, share, keep_log_probs)
         except StopIteration:
             break
         for t, log, values in zip(trainings, logs, logged, strict=True):
@@ -184,7 +190,7 @@ def check_members(configs: Sequence[RunConfig]) -> None:
     "Members of one pass must agree on the data they see."
     if not configs:
         raise UserError("a frontier needs at least one member")
-    for key in ("train_data", "batch_size", "effective_batch_size", "n_samples", "tlens_model_name", "tlens_model_path", "dtype",
+    for key in ("train_data", "batch_size", "effective_batch_size", "n_samples", "tlens_model_name", "tlens_model_path", "dtype", "compute_dtype",
                 "processed_weights", "exclude_first_position", "exclude_special_tokens"):
         if len({repr(getattr(config, key)) for config in configs}) > 1:
             raise UserError(f"members of a frontier share one pass over the data and so must agree on {key}")

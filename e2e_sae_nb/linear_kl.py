@@ -19,16 +19,24 @@ class _LinearKL(torch.autograd.Function):
     "Mean KL of tokens and, computed on the way, its gradient with respect to the new hidden states."
 
     @staticmethod
-    def forward(ctx: Any, new: Tensor, orig: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, chunk: int):
-        wide = torch.promote_types(new.dtype, torch.float32)
+    def forward(ctx: Any, new: Tensor, orig: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, chunk: int,
+                kept: list[Tensor] | None):
+        wide, full = torch.promote_types(new.dtype, torch.float32), bool(kept)
         total, grad = new.new_zeros((), dtype=wide), torch.empty_like(new) if ctx.needs_input_grad[0] else None
         for start in range(0, len(new), chunk):
             part = slice(start, start + chunk)
-            z_p, z_q = (_logits(h[part], weight, bias, scale, softcap, wide) for h in (orig, new))
+            z_q = _logits(new[part], weight, bias, scale, softcap, wide)
             slope = None if softcap is None or grad is None else 1 - (z_q / softcap).square()
-            log_p, log_q = z_p.sub_(z_p.logsumexp(-1, keepdim=True)), z_q.sub_(z_q.logsumexp(-1, keepdim=True))
+            log_q = z_q.sub_(z_q.logsumexp(-1, keepdim=True))
+            if kept is None or not full:
+                z_p = _logits(orig[part], weight, bias, scale, softcap, wide)
+                log_p = z_p.sub_(z_p.logsumexp(-1, keepdim=True))
+                if kept is not None:
+                    kept.append(log_p)
+            else:
+                log_p = kept[start // chunk]
             p = log_p.exp()
-            total += torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
+            total += torch.dot(p.flatten(), (log_p - log_q if kept is not None else log_p.sub_(log_q)).flatten())
             if grad is not None:
                 difference = log_q.exp_().sub_(p)
                 if slope is not None:
@@ -40,11 +48,11 @@ class _LinearKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor):  # type: ignore[override]
         (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype), None, None, None, None, None, None
+        return grad * upstream.to(grad.dtype), None, None, None, None, None, None, None
 
-
+# %% ../nbs/07a_linear_kl.ipynb #934e5abc
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype) -> Tensor:
-    z = nn.functional.linear(hidden, weight, bias).to(dtype)
+    z = nn.functional.linear(hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(dtype)
     if scale != 1.0:
         z = z * scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -55,6 +63,11 @@ def linear_kl(
     orig: Float[Tensor, "tokens d"],  # Final hidden states of the original network; a constant
     new: Float[Tensor, "tokens d"],  # Final hidden states of the spliced network
     chunk: int = 256,  # Tokens whose logits exist at a time
+    log_probs: list[Tensor] | None = None,  # Empty: filled with the original's log-probabilities; full: they are used instead of `orig`
 ) -> Float[Tensor, ""]:  # nats per token
     "Mean KL(orig || new) of the predictions, differentiable in `new`."
-    return _LinearKL.apply(new, orig, head.linear.weight, head.linear.bias, head.scale, head.softcap, chunk)  # type: ignore[no-any-return]
+    device, low = new.device.type, head.linear.weight
+    if torch.is_autocast_enabled(device):  # matrix products in 16 bit, all else as without; the weights are rounded once, not per chunk
+        low = low.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return _LinearKL.apply(new, orig, low, head.linear.bias, head.scale, head.softcap, chunk, log_probs)  # type: ignore[no-any-return]

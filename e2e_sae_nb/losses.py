@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Keep', 'mean_over', 'sparsity', 'mse', 'kl_orig_to_new', 'Coeff', 'SparsityConfig', 'InToOrigConfig', 'LossConfig',
            'local_loss', 'e2e_loss', 'e2e_ds_loss', 'downstream_positions', 'run_type', 'Plan', 'make_plan',
-           'run_original', 'Objective', 'objective', 'sae_terms', 'kl_term', 'weigh']
+           'run_original', 'Objective', 'dense_forward', 'objective', 'sae_terms', 'kl_term', 'weigh']
 
 # %% ../nbs/08_losses.ipynb #610d6b63
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from .core import UserError
 from .linear_kl import linear_kl
 from .models import Head, Subject, find_point, resolve_points
 from .sae import SAE, SAEActs
+from .sparse_step import SparseCode, code_norm
 from .splicing import Original, original_pass, reconstruction, replay, replay_start
 
 # %% ../nbs/08_losses.ipynb #8f1bb577
@@ -35,13 +37,13 @@ def mean_over(
 
 
 def sparsity(
-    c: Float[Tensor, "*batch d_sae"],  # Code
+    c: Float[Tensor, "*batch d_sae"] | SparseCode,  # Code
     d_in: int,  # Width of the SAE's input
     p_norm: float = 1.0,
     keep: Keep = None,
 ) -> Float[Tensor, ""]:
     "Mean p-norm of the code, divided by the width of the input (the paper's phi = lambda / d)."
-    return mean_over(torch.linalg.vector_norm(c, ord=p_norm, dim=-1), keep) / d_in
+    return mean_over(code_norm(c, p_norm), keep) / d_in
 
 
 def mse(
@@ -195,6 +197,12 @@ class Objective:
     acts: dict[str, SAEActs]  # hook name -> the SAE's activations
     hidden: Tensor | None  # the spliced network's final hidden states; None for a local run
 
+# %% ../nbs/08_losses.ipynb #7cdf3baf
+def dense_forward(sae: SAE, x: Tensor) -> SAEActs:
+    "The definition: `sae(x)`, in the SAE's own precision also under autocast."
+    with torch.autocast(x.device.type, enabled=False):
+        return sae(x)
+
 
 def objective(
     subject: Subject,
@@ -203,22 +211,23 @@ def objective(
     loss: LossConfig,
     plan: Plan,
     keep: Keep = None,  # Positions that count
+    forward: Callable[[SAE, Tensor], SAEActs] = dense_forward,  # How SAEs are computed; `sparse_forward` gives the same numbers faster
 ) -> Objective:
     "Evaluate a loss; call `.total.backward()` on the result."
     acts: dict[str, SAEActs] = {}
     new: dict[str, Tensor] = {}
     hidden = None
     if plan.local:
-        acts = {name: sae(original.activations[name]) for name, sae in saes.items()}
+        acts = {name: forward(sae, original.activations[name]) for name, sae in saes.items()}
         new = {name: original.activations[name] for name in plan.downstream}
     else:
-        edits = {name: reconstruction(sae, keep, False, lambda a, name=name: acts.__setitem__(name, a)) for name, sae in saes.items()}
+        edits = {name: reconstruction(partial(forward, sae), keep, False, lambda a, name=name: acts.__setitem__(name, a)) for name, sae in saes.items()}
         replayed = replay(subject, original, edits, plan.downstream)
         hidden, new = replayed.hidden, replayed.activations
     terms = sae_terms(saes, acts, original, loss, keep) | {
         f"in_to_orig/{name}": mse(new[name], original.activations[name], keep) for name in plan.downstream}
     if loss.logits_kl is not None and hidden is not None and original.hidden is not None:
-        terms["logits_kl"] = kl_term(subject.head, original.hidden, hidden, keep)
+        terms["logits_kl"] = kl_term(subject.head, original.hidden, hidden, keep, original.log_probs)
     return Objective(weigh(terms, loss, len(plan.downstream)), terms, acts, hidden)
 
 # %% ../nbs/08_losses.ipynb #c749f00f
@@ -245,11 +254,12 @@ def kl_term(
     orig: Tensor,  # Final hidden states of the original network
     new: Tensor,  # Final hidden states of the spliced network
     keep: Keep,
+    log_probs: list[Tensor] | None = None,  # The original's, kept for the next SAE on the same tokens; see `linear_kl`
 ) -> Float[Tensor, ""]:
     "Mean KL(orig || new) over the tokens that count, without full logits where the head is a plain linear map."
     orig, new = (h.flatten(0, -2) if keep is None else h[keep] for h in (orig, new))
     if head is not None and isinstance(head.linear, torch.nn.Linear):
-        return linear_kl(head, orig, new)
+        return linear_kl(head, orig, new, log_probs=log_probs)
     return kl_orig_to_new(*((orig, new) if head is None else (head(orig), head(new)))).mean()
 
 # %% ../nbs/08_losses.ipynb #ec9390f6

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .attention import use_short_attention
 from .core import UserError, data_path, dtype_named, nearest, pick_device
 from .layouts import Layout, Point, find_layout, transformer_points
 
@@ -148,6 +149,7 @@ def subject_from_model(
     "Wrap a loaded model; its parameters are frozen and it is put into evaluation mode."
     layout = find_layout(model, getattr(text_config(model), "model_type", "native"))
     config = text_config(model)
+    use_short_attention(model)
     points = transformer_points(model, layout, getattr(config, "hidden_size", None) or config.d_model)
     return Subject(model, points, name=name, tokenizer=tokenizer, layout=layout)
 

@@ -52,7 +52,7 @@ class SAE(nn.Module):
         super().__init__()
         self.d_in, self.d_sae = d_in, d_sae
         g, bound = generator(seed, "sae"), 1 / math.sqrt(d_in)
-        self.W_enc = nn.Parameter(_uniform((d_sae, d_in), bound, g).T.contiguous().to(dtype))
+        self.W_enc = nn.Parameter(_uniform((d_sae, d_in), bound, g).to(dtype).T)  # a latent's weights lie together in memory
         self.b_enc = nn.Parameter(_uniform((d_sae,), bound, g).to(dtype))
         self.W_dec = nn.Parameter((_orthogonal(d_sae, d_in, g) if orthogonal
                                    else _uniform((d_sae, d_in), 1 / math.sqrt(d_sae), g)).to(dtype))

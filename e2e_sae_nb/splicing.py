@@ -72,7 +72,7 @@ def _hooks(model: nn.Module, point: Point, function: Edit) -> list[Any]:
 
 # %% ../nbs/07_splice.ipynb #10e75336
 def reconstruction(
-    sae: SAE,
+    sae: Callable[[Tensor], SAEActs],  # An SAE, or another way to compute it
     keep: Bool[Tensor, "batch pos"] | None,  # Positions that the SAE handles; others keep their activation
     error_term: bool,  # Add back x - x_hat as a constant
     record: Callable[[SAEActs], None] | None = None,  # Is shown what the SAE did
@@ -125,6 +125,7 @@ class Original:
     hidden: Tensor | None = None  # final hidden states before the unembedding (a plain module's output); None if stopped
     states: dict[int, Tensor] = field(default_factory=dict)  # block -> the hidden state it was called with
     calls: dict[int, tuple[tuple, dict]] = field(default_factory=dict)  # block -> its other arguments
+    log_probs: list[Tensor] | None = None  # a list: the KL divergence keeps the original's log-probabilities here, for the next SAE
 
 # %% ../nbs/07_splice.ipynb #ab60f0ea
 @torch.no_grad()

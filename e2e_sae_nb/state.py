@@ -7,9 +7,10 @@ __all__ = ['lr_factor', 'ActivationWindow', 'Training', 'begin', 'data_for', 'in
 
 # %% ../nbs/12a_state.ipynb #d02e5ba1
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,12 @@ from .config import to_dict
 from .core import UserError, config_hash, read_json
 from .data import TokenStream, check_stream, keep_mask, open_stream, special_token_ids
 from .documents import Role
-from .losses import Plan, make_plan, run_type
+from .losses import Plan, dense_forward, make_plan, run_type
 from .metrics import fired
 from .models import Subject, find_point, load_subject, resolve_points
-from .runs import RunConfig, new_run_dir
-from .sae import SAE, make_saes, trainable, unit_mean_square_scale
+from .runs import RunConfig, new_run_dir, run_config
+from .sae import SAE, SAEActs, make_saes, trainable, unit_mean_square_scale
+from .sparse_step import SAEAdam, SparseCode, sparse_forward
 from .splicing import check_replay, original_pass
 
 # %% ../nbs/12a_state.ipynb #21b8603a
@@ -58,7 +60,7 @@ class ActivationWindow:
     seen: int = 0  # tokens in the open window
     counts: dict[str, Tensor] = field(default_factory=dict)  # hook name -> firings; empty between windows
 
-    def add(self, acts: dict[str, Tensor], samples: int, tokens: int) -> dict[str, float]:
+    def add(self, acts: Mapping[str, Tensor | SparseCode], samples: int, tokens: int) -> dict[str, float]:
         "Count one batch's codes (given per hook name); returns what to log when a window closes, else nothing."
         if self.every_n_samples == 0 or samples < self.next_at:
             return {}
@@ -91,6 +93,14 @@ class Training:
     steps: int = 0  # optimizer steps taken
     seconds: float = 0.0  # of training and evaluation, over all sessions
 
+    def forward(self, sae: SAE, x: Tensor) -> SAEActs:
+        "How SAEs are computed in training."
+        return sparse_forward(sae, x, in_place=True) if self.config.sparse_step else dense_forward(sae, x)
+
+    def precision(self) -> Any:  # A context manager
+        "The precision of the network's matrix products."
+        return torch.autocast(self.subject.device.type, torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16")
+
     @property
     def keep(self) -> Callable[[Tensor], Tensor | None]:
         "Which positions of a batch count."
@@ -115,7 +125,7 @@ def begin(
     for each in (stream, data_for(config, subject, "eval")):
         check_stream(each)
     saes = initial_saes(config, subject, names)
-    optimizer = torch.optim.Adam(trainable(saes.values()), lr=config.lr, fused=subject.device.type in ("cuda", "cpu"))
+    optimizer = SAEAdam(trainable(saes.values()), config.lr, config.adam_betas)
     window = ActivationWindow(config.collect_act_frequency_every_n_samples, config.act_frequency_n_tokens)
     return Training(config, subject, saes, plan, optimizer, stream, window, new_run_dir(config, name))
 
@@ -123,6 +133,7 @@ def begin(
 def data_for(config: RunConfig, subject: Subject, role: Role) -> TokenStream:
     "The run's stream of training or held-out batches."
     data = (config.eval_data or config.train_data) if role == "eval" else config.train_data
+    data = data if data.seed is not None else replace(data, seed=config.seed)
     return open_stream(data, batch_size=config.batch_size, tokenizer=subject.tokenizer, vocab_size=subject.vocab_size,
                        max_ctx=subject.n_ctx, role=role, repeat=config.n_samples is not None)
 
@@ -160,9 +171,7 @@ def resume(
 ) -> Training:
     "The state of a run as of its last checkpoint."
     path = Path(path)
-    if not (path / "config.yaml").is_file():
-        raise UserError(f"{path} is not a run folder (no config.yaml), so there is nothing to resume")
-    config = RunConfig.from_yaml(path / "config.yaml")
+    config = run_config(path)
     folder = latest_checkpoint(path)
     t = begin(replace(config, save_dir=None), subject)
     t.config, t.folder = config, path

@@ -8,7 +8,7 @@ __all__ = ['train_step', 'passes_per_step', 'accumulate', 'optimizer_step', 'log
 
 # %% ../nbs/13_train.ipynb #68867412
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from .core import Stopwatch, UserError, peak_memory_bytes, provenance, say, writ
 from .data import TokenStream
 from .evaluation import EvalResult, evaluate_many
 from .losses import Objective, objective, run_original, run_type
-from .metrics import l0
+from .metrics import counted, l0
 from .models import Subject
 from .runs import MetricsLog, Run, RunConfig, load_run
 from .sae import trainable
+from .sparse_step import SparseCode
 from .splicing import Original
 from .state import Training, begin, data_for, lr_factor, resume, save
 
@@ -34,7 +35,9 @@ def train_step(t: Training) -> dict[str, float]:  # What to log
     values: dict[str, float] = {}
     for _ in range(passes_per_step(t.config)):
         tokens = next(t.stream).to(t.subject.device)
-        values |= accumulate(t, tokens, run_original(t.subject, tokens, t.plan))
+        with t.precision():
+            original = run_original(t.subject, tokens, t.plan)
+        values |= accumulate(t, tokens, original)
     return values | optimizer_step(t)
 
 
@@ -46,9 +49,10 @@ def passes_per_step(config: RunConfig) -> int:
 def accumulate(t: Training, tokens: Tensor, original: Original) -> dict[str, float]:  # What to log
     "Add one batch's gradient."
     keep = t.keep(tokens)
-    result = objective(t.subject, original, t.saes, t.config.loss, t.plan, keep)
+    with t.precision():
+        result = objective(t.subject, original, t.saes, t.config.loss, t.plan, keep, t.forward)
     (result.total / passes_per_step(t.config)).backward()
-    codes = {name: acts.c.detach() if keep is None else acts.c.detach()[keep][None] for name, acts in result.acts.items()}
+    codes = {name: counted(acts.c.detach(), keep) for name, acts in result.acts.items()}
     values = t.window.add(codes, t.samples, tokens.numel() if keep is None else int(keep.sum()))
     t.samples += len(tokens)
     t.tokens += tokens.numel()
@@ -66,7 +70,7 @@ def optimizer_step(t: Training) -> dict[str, float]:  # What to log
     for group in t.optimizer.param_groups:
         group["lr"] = t.config.lr * lr_factor(t.steps, t.config)
     t.optimizer.step()
-    t.optimizer.zero_grad(set_to_none=True)
+    t.optimizer.zero_grad(set_to_none=not t.config.sparse_step)  # rows are added in place, so the memory is kept
     t.steps += 1
     return {"grad_norm": norm.item(), "lr": t.optimizer.param_groups[0]["lr"]} if log_now else {}
 
@@ -75,7 +79,7 @@ def _logs_now(t: Training) -> bool:
     return t.steps == 0 or (t.steps + 1) % t.config.log_every_n_grad_steps == 0
 
 
-def log_values(result: Objective, codes: dict[str, Tensor]) -> dict[str, float]:
+def log_values(result: Objective, codes: Mapping[str, Tensor | SparseCode]) -> dict[str, float]:
     "The last batch's loss, its terms, and the sparsity of its codes."
     return ({"loss": result.total.item()} | {f"loss/{key}": value.item() for key, value in result.terms.items()}
             | {f"l0/{name}": l0(c).mean().item() for name, c in codes.items()})

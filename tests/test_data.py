@@ -22,7 +22,6 @@ from e2e_sae_nb.data import (
     id_rows,
     keep_mask,
     open_stream,
-    pack_rows,
     read_documents,
     tokenize,
 )
@@ -145,8 +144,10 @@ def test_own_validation_split_is_read_whole(place, tokenizer):
 @given(DOCUMENTS, st.integers(2, 12), st.booleans())
 def test_packing_loses_nothing_but_the_tail(documents, n_ctx, with_bos):
     bos = 99 if with_bos else None
-    rows = [r.tolist() for r in pack_rows(documents, n_ctx, 0, bos)]
-    assert rows == [r.tolist() for r in pack(documents, n_ctx, 0, bos)]  # the definition
+    rows = [r.tolist() for r in pack(documents, n_ctx, 0, bos)]
+    joined = [token for document in documents for token in [*document, 0]]
+    width = n_ctx - (bos is not None)
+    assert rows == [([] if bos is None else [bos]) + joined[i : i + width] for i in range(0, len(joined) - width + 1, width)]
     joined = [i for d in documents for i in [*d, 0]]
     width = n_ctx - with_bos
     assert all(len(r) == n_ctx for r in rows) and (not with_bos or all(r[0] == bos for r in rows))
@@ -157,9 +158,9 @@ def test_packing_loses_nothing_but_the_tail(documents, n_ctx, with_bos):
 @settings(max_examples=60, deadline=None)
 @given(DOCUMENTS, st.integers(2, 9), st.integers(0, 12), st.integers(1, 5), st.data())
 def test_resume_for_any_documents(documents, n_ctx, buffer, batch_size, pick):
-    rows = list(pack_rows(documents, n_ctx, 0))
+    rows = list(pack(documents, n_ctx, 0))
     tokens = np.concatenate([*rows, []]).astype(int)
-    sources = [StreamedRows(lambda: pack_rows(documents, n_ctx, 0), 3, buffer), ArrayRows(tokens, n_ctx, 3, True)]
+    sources = [StreamedRows(lambda: pack(documents, n_ctx, 0), 3, buffer), ArrayRows(tokens, n_ctx, 3, True)]
     for source in sources:
         make = lambda: TokenStream(source, batch_size, repeat=True, name="x")
         if not rows:
@@ -189,14 +190,14 @@ def tokenizer_once(tokenizer):
 
 def test_long_documents_are_packed_in_linear_time():
     start = time.perf_counter()
-    assert sum(1 for _ in pack_rows([list(range(2_000_000))], 64, 0)) == 2_000_001 // 64
+    assert sum(1 for _ in pack([list(range(2_000_000))], 64, 0)) == 2_000_001 // 64
     assert time.perf_counter() - start < 20  # the definition takes minutes
 
 
 def test_streaming_memory_is_flat():
     def peak(n):
         tracemalloc.start()
-        source = StreamedRows(lambda: pack_rows(([7] * 50 for _ in range(n)), 32, 0), 0, 100)
+        source = StreamedRows(lambda: pack(([7] * 50 for _ in range(n)), 32, 0), 0, 100)
         sum(1 for _ in TokenStream(source, 4, repeat=False))
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

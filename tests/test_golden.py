@@ -5,6 +5,7 @@ the processed-weights case within 1e-6, since TransformerLens 4 folds weights sl
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from e2e_sae_nb.config import from_dict
-from e2e_sae_nb.losses import LossConfig, make_plan, objective, run_original
+from e2e_sae_nb.losses import LossConfig, dense_forward, make_plan, objective, run_original
 from e2e_sae_nb.metrics import VarianceExplained, compare_logits, l0
 from e2e_sae_nb.models import load_subject
 from e2e_sae_nb.sae import SAE
+from e2e_sae_nb.sparse_step import SAEAdam, sparse_forward
 
 HERE = Path(__file__).parent / "golden"
 CASES = json.loads((HERE / "golden.json").read_text())
@@ -33,8 +35,14 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
+WAYS = {"dense": (dense_forward, torch.optim.Adam), "sparse": (partial(sparse_forward, limit=1.0, in_place=True), SAEAdam)}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CASES)
-def test_reference_steps(case):
+def test_reference_steps(case, way):
+    "By the definition, and by the sparse step with its own optimizer."
+    forward, adam = WAYS[way]
     expected = CASES[case]
     processed = expected["processed_weights"]
     close, near = (1e-6, 1e-6) if processed else (1e-9, 1e-7)
@@ -46,11 +54,11 @@ def test_reference_steps(case):
     loss = from_dict(LossConfig, expected["loss"])
     plan = make_plan(subject, [PLACE], loss)
     assert plan.local == expected["local"]
-    optimizer = torch.optim.Adam(sae.parameters(), lr=expected["optimizer"]["lr"])
+    optimizer = adam(sae.parameters(), lr=expected["optimizer"]["lr"])
     assert len(expected["history"]) == expected["optimizer"]["steps"] > 0
     for step, figures in enumerate(expected["history"]):
         original = run_original(subject, TENSORS["tokens"], plan)
-        result = objective(subject, original, {PLACE: sae}, loss, plan)
+        result = objective(subject, original, {PLACE: sae}, loss, plan, forward=forward)
         assert result.total.item() == pytest.approx(figures["loss"], rel=close)
         for term, value in result.terms.items():
             assert value.item() == pytest.approx(figures[f"loss/train/{term}"], rel=close), term
