@@ -9,6 +9,7 @@ __all__ = ['STYLES', 'RC', 'new_axes', 'alt_text', 'save_figure', 'plot_frontier
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -34,6 +35,8 @@ def new_axes(
     "A figure with panels in the house style; global settings are left alone."
     with plt.rc_context(RC):
         figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained", **kwargs)
+        interactive = plt.isinteractive()  # a notebook's first figure turns this on, and it should stay on after the context
+    matplotlib.interactive(interactive)
     return figure, list(axes[0])
 
 

@@ -264,7 +264,7 @@ class Run:
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
-
+# %% ../nbs/12_runs.ipynb #ef39d5a8
 def run_config(
     path: Path,  # A run folder
 ) -> RunConfig:

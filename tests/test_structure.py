@@ -64,6 +64,8 @@ def test_notebook(path):
         source = "".join(cell["source"])
         if cell["cell_type"] == "code":
             assert not any(o["output_type"] == "error" for o in cell["outputs"])
+            if "new_axes(" in source and not directives(source) & {"export", "exports", "exporti", "hide"}:
+                assert any("image/png" in o.get("data", {}) for o in cell["outputs"]), f"a cell draws a figure that is not shown: {source[:80]}"
             if directives(source) & EXPORTS:
                 assert len(source.splitlines()) <= 40, f"an exported cell of {len(source.splitlines())} lines: {source[:80]}"
                 # such a cell would be in the module, but its name undefined when the page is built
