@@ -35,19 +35,22 @@ def causal_attention(
     scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scaling)
     return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(q.shape)
 
-# %% ../nbs/04b_attention.ipynb #a1691084
+# %% ../nbs/04b_attention.ipynb #088b003a
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
             dropout: float = 0.0, is_causal: bool | None = None, **kwargs: Any) -> tuple[Tensor, None]:
     "The registered function: short bfloat16 self-attention on a CPU here, everything else in transformers' own."
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     same = query.shape[2:] == key.shape[2:] == value.shape[2:] and query.shape[1] % key.shape[1] == 0
-    simple = (query.device.type == "cpu" and query.dtype == torch.bfloat16 and same and 1 < query.shape[2] <= SHORT and dropout == 0.0
+    low = query.dtype == torch.bfloat16 or (query.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+                                             and torch.get_autocast_dtype("cpu") == torch.bfloat16)
+    simple = (query.device.type == "cpu" and low and same and 1 < query.shape[2] <= SHORT and dropout == 0.0
               and (causal or attention_mask is not None) and all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias")))
     if not simple:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,  # type: ignore[return-value]
                                       is_causal=is_causal, **kwargs)
+    query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))  # autocast would; rotary embeddings come out in float32
     with torch.autocast("cpu", enabled=False):
         out = causal_attention(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return out.transpose(1, 2).contiguous(), None
