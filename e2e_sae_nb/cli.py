@@ -100,16 +100,18 @@ def bench(
     from e2e_sae_nb.core import Stopwatch, provenance, write_json
 
     clock = Stopwatch()
-    result = run_bench(shape, steps)
-    for r in result["results"]:
+
+    def show(r: dict) -> None:
         print(f"{r['objective']}: loss differs by {r['loss_relative_error']:.0e}, gradient cosine {r['gradient_cosine']:.7f}, L0 {r['l0']:.0f}")
         for side, speed in r["tokens_per_second"].items():
             print(f"  {side:18s} {speed:8.0f} tokens/s (x {r['ratios'][side]:.2f}), share of the floor {r['shares_of_floor'][side]:4.0%}, working memory "
-                  f"{r['working_memory_bytes'][side] / 1e9:.2f} GB, peak {r['peak_memory_bytes'][side] / 1e9:.2f} GB")
+                  f"{r['working_memory_bytes'][side] / 1e9:.2f} GB, peak {r['peak_memory_bytes'][side] / 1e9:.2f} GB", flush=True)
+
+    result = run_bench(shape, steps, on_result=show)
     if json_file is not None:
         write_json(json_file, result | {"provenance": provenance({"shape": shape, "steps": steps}, seed=0, seconds=float(clock))})
 
-
+# %% ../nbs/30_cli.ipynb #c016c39b
 @app.command()
 def train_lm(
     out: Annotated[Path, typer.Option(help="Folder for the model; the same folder resumes.")],

@@ -92,7 +92,7 @@ class SparsityConfig:
         if self.p_norm <= 0:
             raise UserError("loss.sparsity.p_norm must be positive")
 
-
+# %% ../nbs/08_losses.ipynb #e1e59df7
 @dataclass(frozen=True)
 class InToOrigConfig:
     "Downstream reconstruction."
@@ -102,6 +102,9 @@ class InToOrigConfig:
 
     def __post_init__(self):
         _non_negative("in_to_orig.total_coeff", self.total_coeff)
+        if not self.hook_positions:
+            raise UserError("loss.in_to_orig.hook_positions is empty; name later hook points. Behind the last block's input only that block's "
+                            "output is left (blocks.N.hook_resid_post), so e2e+ds there has little to add to e2e")
 
 # %% ../nbs/08_losses.ipynb #6469823e
 @dataclass(frozen=True)
@@ -259,7 +262,7 @@ def kl_term(
     "Mean KL(orig || new) over the tokens that count, without full logits where the head is a plain linear map."
     orig, new = (h.flatten(0, -2) if keep is None else h[keep] for h in (orig, new))
     if head is not None and isinstance(head.linear, torch.nn.Linear):
-        return linear_kl(head, orig, new, log_probs=log_probs)
+        return linear_kl(head, orig, new, kept=log_probs)
     return kl_orig_to_new(*((orig, new) if head is None else (head(orig), head(new)))).mean()
 
 # %% ../nbs/08_losses.ipynb #ec9390f6

@@ -6,7 +6,6 @@
 __all__ = ['SparseCode', 'code_norm', 'can_screen', 'Active', 'find_active', 'sparse_forward', 'SAEAdam']
 
 # %% ../nbs/06a_sparse_step.ipynb #ac334f5d
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .kernels import bag_sums, pair_products
 from .sae import SAE, SAEActs
 
 # %% ../nbs/06a_sparse_step.ipynb #62f7f81a
@@ -104,16 +104,9 @@ def _screened(x: Tensor, rows: Tensor, b_enc: Tensor) -> Tensor:
 
 def _exact(x: Tensor, rows: Tensor, pairs: Tensor) -> Tensor:
     "<row, token> for each of the pairs (sorted by row)."
-    starts = torch.searchsorted(pairs[:, 0].contiguous(), torch.arange(len(rows) + 1, device=x.device))
-    return _products(starts, pairs[:, 1], rows, x)
-
-
-def _products(starts: Tensor, token: Tensor, rows: Tensor, x: Tensor) -> Float[Tensor, " active"]:
-    "Inner products of rows [n d] and tokens x [m d] at the pairs of a compressed list (`starts`: where each row's pairs begin)."
-    with warnings.catch_warnings():  # torch tells once per process that its compressed sparse tensors are young
-        warnings.filterwarnings("ignore", message="Sparse")
-        blank = torch.sparse_csr_tensor(starts, token, x.new_zeros(len(token)), (len(rows), len(x)), check_invariants=False)
-    return torch.sparse.sampled_addmm(blank, rows, x.T, beta=0.0).values()
+    row, token = (part.contiguous() for part in pairs.unbind(1))
+    starts = torch.searchsorted(row, torch.arange(len(rows) + 1, device=x.device))
+    return pair_products(row, token, starts, rows, x)
 
 # %% ../nbs/06a_sparse_step.ipynb #fd177234
 @torch.no_grad()
@@ -163,13 +156,6 @@ def _compress(active: Active, tokens: int, d_sae: int) -> _Lists:
     per_token = torch.bincount(active.token, minlength=tokens)
     return _Lists(active, starts, rows, starts[rows], order, per_token.cumsum(0) - per_token)
 
-
-def _bag(index: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    "Weighted sums of rows, one per bag."
-    if len(index) == 0:
-        return rows.new_zeros(len(offsets), rows.shape[1])
-    return F.embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=weights)
-
 # %% ../nbs/06a_sparse_step.ipynb #cfaa8c8e
 class _SparseStep(torch.autograd.Function):
     "Reconstruction and active values; gradients touch the rows of active latents only."
@@ -179,7 +165,7 @@ class _SparseStep(torch.autograd.Function):
         latent, values = lists.active.latent, lists.active.values
         norms = torch.linalg.vector_norm(W_dec, dim=1).clamp_min(1e-12)  # as F.normalize
         scaled = values / norms[latent]
-        output = _bag(latent[lists.order], W_dec, lists.token_offsets, scaled[lists.order]) + b_dec
+        output = bag_sums(latent[lists.order], W_dec, lists.token_offsets, scaled[lists.order]) + b_dec
         ctx.lists, ctx.in_place, ctx.parameters = lists, in_place, (W_enc, b_enc, W_dec, b_dec)
         ctx.save_for_backward(x, W_enc, W_dec, norms, scaled)
         return output, values.clone()
@@ -190,13 +176,13 @@ class _SparseStep(torch.autograd.Function):
         lists, need = ctx.lists, ctx.needs_input_grad
         token, latent, values = lists.active
         G = G.contiguous()
-        along = _products(lists.starts, token, W_dec, G) / norms[latent]
+        along = pair_products(latent, token, lists.starts, W_dec, G) / norms[latent]
         delta = g + along
-        grad_x = _bag(latent[lists.order], W_enc.T, lists.token_offsets, delta[lists.order]) if need[0] else None
+        grad_x = bag_sums(latent[lists.order], W_enc.T, lists.token_offsets, delta[lists.order]) if need[0] else None
         radial = values.new_zeros(len(norms)).index_add_(0, latent, values * along)[lists.rows]
         norm = norms[lists.rows, None]
-        dec = _bag(token, G, lists.offsets, scaled) - W_dec[lists.rows] * (radial[:, None] / norm.square())
-        enc = _bag(token, x, lists.offsets, delta)
+        dec = bag_sums(token, G, lists.offsets, scaled) - W_dec[lists.rows] * (radial[:, None] / norm.square())
+        enc = bag_sums(token, x, lists.offsets, delta)
         bias = values.new_zeros(len(norms)).index_add_(0, latent, delta)[lists.rows]
         updates = ((enc, True), (bias, False), (dec, False))
         grads = [_add_rows(p, lists.rows, rows, turned, ctx.in_place) if wanted else None

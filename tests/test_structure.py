@@ -134,6 +134,8 @@ def test_import_is_light():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 def test_module_imports_alone(path):
+    if path.stem == "triton_kernels":
+        pytest.importorskip("triton")
     assert f"e2e_sae_nb.{path.stem}" in imported(f"import e2e_sae_nb.{path.stem}")
 
 
