@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'SIDES', 'bench_subject', 'bench_losses', 'set_l0', 'reference_step', 'our_step', 'Method',
-           'floor_multiply_adds', 'matrix_rate', 'Side', 'compare', 'memory_of', 'memory_in_subprocess', 'bench']
+           'floor_multiply_adds', 'reference_multiply_adds', 'matrix_rate', 'Side', 'compare', 'memory_of',
+           'memory_in_subprocess', 'bench']
 
 # %% ../nbs/20_bench.ipynb #1e7c6b5d
 import json
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compiling import compile_blocks
 from .core import Stopwatch, UserError, data_path, generator, nearest, peak_memory_bytes, pick_device, progress, reset_peak_memory
 from .losses import LossConfig, downstream_positions, e2e_ds_loss, e2e_loss, local_loss, make_plan, objective, run_original
 from .models import Subject, load_subject, subject_from_model
@@ -99,10 +101,11 @@ class Method:
 
     ours: bool
     bfloat16: bool  # the network's (for the reference also the SAE's) matrix products in 16 bit, by autocast
+    compiled: bool = False  # the network's blocks
 
 
 SIDES = {"reference": Method(False, False), "reference bfloat16": Method(False, True),
-         "ours": Method(True, False), "ours bfloat16": Method(True, True)}
+         "ours": Method(True, False), "ours bfloat16": Method(True, True), "ours bfloat16 compiled": Method(True, True, True)}
 
 # %% ../nbs/20_bench.ipynb #0d795f9f
 def floor_multiply_adds(subject: Subject, place: str, d_sae: int, local: bool) -> float:
@@ -113,6 +116,13 @@ def floor_multiply_adds(subject: Subject, place: str, d_sae: int, local: bool) -
     if local:
         return first * block + d_sae * d
     return layers * block + 2 * (layers - first) * block + 3 * (subject.vocab_size or 0) * d + d_sae * d
+
+
+def reference_multiply_adds(subject: Subject, place: str, d_sae: int, local: bool) -> float:
+    "Multiply-adds per token of the reference's own way: a prefix more, and the SAE's five dense products."
+    first, d = subject.points[place].depth[0], subject.points[place].width
+    block = sum(p.numel() for p in subject.blocks[0].parameters() if p.ndim == 2)
+    return floor_multiply_adds(subject, place, d_sae, local) + 4 * d_sae * d + (0 if local else first * block)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
@@ -130,7 +140,8 @@ class Side:
     "One side of the comparison: its own SAE and Adam, identical at the start."
 
     def __init__(self, method: Method, subject: Subject, place: str, ratio: int, loss: LossConfig, sample: Tensor):
-        self.method, self.subject, self.place, self.loss = method, subject, place, loss
+        self.method, self.place, self.loss = method, place, loss
+        self.subject = subject
         width = subject.points[place].width
         self.sae = SAE(width, ratio * width, orthogonal=False).to(subject.device)
         set_l0(self.sae, sample)
@@ -138,9 +149,12 @@ class Side:
         self.optimizer = SAEAdam(parameters, lr=1e-5) if method.ours else torch.optim.Adam(parameters, lr=1e-5, fused=True)
         self.seconds: list[float] = []
 
+    def precision(self) -> Any:
+        return torch.autocast(self.subject.device.type, torch.bfloat16, enabled=self.method.bfloat16)
+
     def loss_of(self, tokens: Tensor, in_place: bool = False) -> Tensor:
         "The side's loss, ready for backward."
-        with torch.autocast(self.subject.device.type, torch.bfloat16, enabled=self.method.bfloat16):
+        with self.precision():
             if self.method.ours:
                 return our_step(self.subject, tokens, self.place, self.sae, self.loss, in_place)
             return reference_step(self.subject, tokens, self.place, self.sae, self.loss)
@@ -175,6 +189,10 @@ def compare(subject: Subject, shape: str, name: str, steps: int, batch: tuple[in
     draw = lambda: torch.randint(subject.vocab_size or 2, batch, generator=g).to(subject.device)
     sample = _sample(subject, place, draw())
     sides = {key: Side(method, subject, place, ratio, loss, sample) for key, method in SIDES.items()}
+    for side in sides.values():
+        if side.method.compiled:
+            side.subject = bench_subject(shape, subject.device)  # the others' stays as it is
+            compile_blocks(side.subject, draw(), side.precision)
     losses: dict[str, float] = {}
     for i in progress(range(steps + 1), desc=f"{shape} {name}", leave=False):
         tokens = draw()
@@ -182,7 +200,7 @@ def compare(subject: Subject, shape: str, name: str, steps: int, batch: tuple[in
             value = side.run(tokens)
             losses = losses | {key: value} if i == 0 else losses
     speed = {key: side.tokens_per_second(batch[0] * batch[1]) for key, side in sides.items()}
-    floor = floor_multiply_adds(subject, place, sides["ours"].sae.d_sae, name == "local")
+    floor, own = (count(subject, place, sides["ours"].sae.d_sae, name == "local") for count in (floor_multiply_adds, reference_multiply_adds))
     l0 = float((sides["ours"].sae(sample).c > 0).sum(-1).float().mean())
     cosines = _gradients(sides, draw())
     shares = {key: speed[key] * floor / rates[SIDES[key].bfloat16] for key in speed}
@@ -191,7 +209,8 @@ def compare(subject: Subject, shape: str, name: str, steps: int, batch: tuple[in
             "ratios": {key: value / speed["reference"] for key, value in speed.items()},
             "loss_relative_error": errors["ours"], "loss_relative_errors": errors,
             "gradient_cosine": cosines["ours"], "gradient_cosines": cosines, "l0": l0, "multiply_adds_per_token": floor,
-            "share_of_floor": shares["ours"], "shares_of_floor": shares}
+            "share_of_floor": shares["ours"], "shares_of_floor": shares, "reference_multiply_adds_per_token": own,
+            "reference_shares_of_rate": {key: speed[key] * own / rates[SIDES[key].bfloat16] for key in speed if not SIDES[key].ours}}
 
 
 def _gradients(sides: dict[str, Side], tokens: Tensor) -> dict[str, float]:
@@ -214,6 +233,8 @@ def memory_of(shape: str, name: str, side: str) -> dict[str, int]:
     tokens = torch.randint(subject.vocab_size or 2, batch, generator=generator(0, "bench")).to(device)
     place = SHAPES[shape]["place"]
     runner = Side(SIDES[side], subject, place, SHAPES[shape]["ratio"], bench_losses(subject, place)[name], _sample(subject, place, tokens[:1]))
+    if runner.method.compiled:
+        compile_blocks(subject, tokens, runner.precision)
     for p in runner.sae.parameters():
         p.grad = torch.zeros_like(p)
     runner.optimizer.step()

@@ -103,8 +103,9 @@ def bench(
 
     def show(r: dict) -> None:
         print(f"{r['objective']}: loss differs by {r['loss_relative_error']:.0e}, gradient cosine {r['gradient_cosine']:.7f}, L0 {r['l0']:.0f}")
+        print(f"  the reference's own products run at {r['reference_shares_of_rate']['reference']:.0%} of the measured float32 matrix rate")
         for side, speed in r["tokens_per_second"].items():
-            print(f"  {side:18s} {speed:8.0f} tokens/s (x {r['ratios'][side]:.2f}), share of the floor {r['shares_of_floor'][side]:4.0%}, working memory "
+            print(f"  {side:22s} {speed:8.0f} tokens/s (x {r['ratios'][side]:.2f}), share of the floor {r['shares_of_floor'][side]:4.0%}, working memory "
                   f"{r['working_memory_bytes'][side] / 1e9:.2f} GB, peak {r['peak_memory_bytes'][side] / 1e9:.2f} GB", flush=True)
 
     result = run_bench(shape, steps, on_result=show)

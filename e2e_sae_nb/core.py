@@ -257,9 +257,9 @@ def progress(
     return tqdm(iterable, disable=not (show and show_progress()), dynamic_ncols=True, **kwargs)
 
 
-def say(message: str) -> None:
-    "One line for the person who waits, on stderr, unless progress is off."
-    if show_progress():
+def say(message: str, always: bool = False) -> None:
+    "One line for the person who waits, on stderr; if progress is off, only what is said `always`."
+    if always or show_progress():
         print(message, file=sys.stderr, flush=True)
 
 # %% ../nbs/00_core.ipynb #7f0740f7

@@ -212,11 +212,12 @@ class TokenStream:
         self._iterator = self.rows.iterate(self.epoch, self.row)
 
 # %% ../nbs/04_data.ipynb #94c57d6a
-def check_stream(stream: TokenStream) -> None:
-    "Read one batch and go back: whatever is wrong with the data is said now and not in an hour."
+def check_stream(stream: TokenStream) -> Int[Tensor, "batch n_ctx"]:
+    "Read one batch, return it and go back: whatever is wrong with the data is said now and not in an hour."
     position = stream.state_dict()
-    next(stream)
+    batch = next(stream)
     stream.load_state_dict(position)
+    return batch
 
 # %% ../nbs/04_data.ipynb #8c73438f
 def open_stream(

@@ -17,9 +17,10 @@ from typing import Any
 
 from .config import to_dict
 from .core import Stopwatch, atomic_path, provenance, write_json
-from .frontiers import Frontier, FrontierConfig, bootstrap_ratio, ce_increase_ratio, frontier, row
+from .frontiers import Frontier, FrontierConfig, frontier, row
 from .models import Subject, load_subject
 from .plotting import alt_text, new_axes, plot_frontier, save_figure
+from .ratios import bootstrap_ratio, ce_increase_ratio
 from .runs import Run
 
 # %% ../nbs/16_demo.ipynb #62b3cd94

@@ -63,9 +63,10 @@ def linear_kl(
     kept: list[Tensor] | None = None,  # Empty: filled with the original's log-probabilities; full: they are used instead of `orig`
 ) -> Float[Tensor, ""]:  # nats per token
     "Mean KL(orig || new) of the predictions, differentiable in `new`."
-    device, low = new.device.type, head.linear.weight  # type: ignore[assignment]
+    device = new.device.type
+    low: Tensor = head.linear.weight  # type: ignore[assignment]
     if torch.is_autocast_enabled(device):  # matrix products in 16 bit, all else as without; the weights are rounded once, not per chunk
         low = low.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        chunk = chunk or chunk_size(low.shape[0], new.device)
+        chunk = chunk or chunk_size(len(low), new.device)
         return _LinearKL.apply(new, orig, low, head.linear.bias, head.scale, head.softcap, chunk, kept)  # type: ignore[no-any-return]

@@ -84,6 +84,8 @@ class RunConfig(_Readable):
     dtype: str = "float32"  # of the subject
     compute_dtype: str = "float32"  # bfloat16: the network's matrix products in 16 bit (autocast); weights and SAEs keep their precision
     sparse_step: bool = True  # compute SAEs from their active latents once these are few; the same numbers, faster
+    compile: bool = False  # torch.compile the network's blocks: some seconds first, then faster; off if it cannot be had
+    prefetch: int = 2  # batches read ahead by a thread where data are streamed or go to a GPU; 0: none
     device: str | None = None  # None: the best there is
     exclude_first_position: bool = False  # positions that keep their activation and do not count
     exclude_special_tokens: bool = False
@@ -104,7 +106,7 @@ def check_run_config(c: RunConfig) -> None:
         value = getattr(c, key)
         if value is not None and value < 1:
             raise UserError(f"{key} must be at least 1, got {value}")
-    for key in ("warmup_samples", "cooldown_samples", "collect_act_frequency_every_n_samples", "act_frequency_n_tokens"):
+    for key in ("prefetch", "warmup_samples", "cooldown_samples", "collect_act_frequency_every_n_samples", "act_frequency_n_tokens"):
         if getattr(c, key) < 0:
             raise UserError(f"{key} must not be negative")
     if not 0 < c.lr < math.inf:
