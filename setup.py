@@ -55,7 +55,7 @@ setup(
         *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
     ],
     packages=find_packages(include=[cfg["lib_path"]]),
-    package_data={cfg["lib_path"]: ["py.typed"]},
+    package_data={cfg["lib_path"]: ["py.typed", "_assets/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={

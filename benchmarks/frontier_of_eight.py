@@ -28,7 +28,7 @@ def lock_step(sides: list[Side], tokens: torch.Tensor) -> None:
 
     with precision():
         original = run_original(first.subject, tokens, plan)
-    original.log_probs = []
+    original.logits = []
     for side in sides:
         with precision():
             result = objective(side.subject, original, {side.place: side.sae}, side.loss, plan,

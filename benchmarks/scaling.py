@@ -16,9 +16,9 @@ from e2e_sae_nb.losses import local_loss, make_plan, run_original
 from e2e_sae_nb.models import subject_from_model
 
 BASE = {"vocabulary": 16384, "context": 128, "ratio": 32, "layer": 3, "l0": 50, "tokens": 512}
-VARIED = {"vocabulary": (4096, 16384, 65536, 262144), "context": (64, 128, 256, 512), "ratio": (8, 32, 128), "layer": (1, 3, 5), "l0": (10, 50, 250),
+VARIED = {"vocabulary": (4096, 16384, 65536, 262144), "context": (64, 128, 256, 512), "ratio": (8, 32, 128), "layer": (1, 3, 4), "l0": (10, 50, 250),
           "tokens": (128, 512, 2048)}
-WIDTH, LAYERS, STEPS = 384, 6, 4
+WIDTH, LAYERS, STEPS = 384, 6, 3
 METHODS = ("reference", "ours", "ours bfloat16")
 OUT = Path(__file__).resolve().parent.parent / "data" / "results" / "scaling.json"
 

@@ -32,7 +32,10 @@ def causal_attention(
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, torch.finfo(q.dtype).min)
     bias = mask.to(q.dtype).expand(*q.shape[:2], n, n).flatten(0, 1)
-    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scaling)
+    rows, columns = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)
+    with torch.no_grad():
+        top = torch.baddbmm(bias, rows, columns, alpha=scaling).amax(-1, keepdim=True)
+    scores = torch.baddbmm(bias - top, rows, columns, alpha=scaling)  # rounded relative to their distance from the largest
     return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(q.shape)
 
 # %% ../nbs/04b_attention.ipynb #088b003a

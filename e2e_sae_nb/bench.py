@@ -140,8 +140,7 @@ class Side:
     "One side of the comparison: its own SAE and Adam, identical at the start."
 
     def __init__(self, method: Method, subject: Subject, place: str, ratio: int, loss: LossConfig, sample: Tensor):
-        self.method, self.place, self.loss = method, place, loss
-        self.subject = subject
+        self.method, self.subject, self.place, self.loss = method, subject, place, loss
         width = subject.points[place].width
         self.sae = SAE(width, ratio * width, orthogonal=False).to(subject.device)
         set_l0(self.sae, sample)
@@ -272,7 +271,7 @@ def bench(
     results = []
     for name in ("local", "e2e", "e2e+ds"):
         results.append(compare(subject, shape, name, steps, batch, rates))
-        sides = {side: memory_in_subprocess(shape, name, side) for side in SIDES} if memory else {}
+        sides = {side: memory_in_subprocess(shape, name, side) for side, method in SIDES.items() if memory and not method.compiled}
         for key in ("peak_memory_bytes", "working_memory_bytes") if memory else ():
             results[-1][key] = {side: values[key] for side, values in sides.items()}
         if on_result is not None:

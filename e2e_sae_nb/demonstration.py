@@ -44,13 +44,14 @@ def demo(
     *,
     config: FrontierConfig | None = None,  # Another frontier
     subject: Subject | None = None,
+    resume: bool = False,  # Go on with an interrupted pass in the same folder
 ) -> Frontier:
     "Train, evaluate and report the demo's frontier."
     out, clock = Path(out), Stopwatch()
     config = config or FrontierConfig.from_dict(DEMO)
     config = replace(config, base=replace(config.base, save_dir=out / "runs"))
     subject = subject or load_subject(config.base.tlens_model_path or config.base.tlens_model_name or "", device=config.base.device)
-    runs = frontier(config, subject=subject)
+    runs = frontier(config, subject=subject, resume=resume)
     origin = provenance(to_dict(config), seed=config.base.seed, tokens=sum(r.summary["tokens"] for r in runs), seconds=float(clock),
                         device=subject.device)
     write_report(runs, origin, out)

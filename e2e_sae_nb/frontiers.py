@@ -16,9 +16,9 @@ from .checkpoint import checkpoints
 from .config import convert
 from .core import FORMAT_VERSION, Stopwatch, UserError, check_format, nearest, read_json, say, write_json
 from .losses import LossConfig, Plan, downstream_positions, e2e_ds_loss, e2e_loss, local_loss, run_original
-from .models import Subject, load_subject, resolve_points
+from .models import Subject, resolve_points
 from .runs import MetricsLog, Run, RunConfig, run_config
-from .state import Training, begin, resume, save
+from .state import Training, begin, resume, save, subject_for
 from .training import accumulate, due, evaluate_trainings, finish, flat_values, optimizer_step, passes_per_step
 
 # %% ../nbs/14_frontier.ipynb #946c8ef0
@@ -35,7 +35,7 @@ class FrontierType:
     kl_coeff: float = 0.5  # e2e+ds: weight of the KL divergence
     hook_positions: tuple[str, ...] = ()  # e2e+ds: later places; the inputs of all later blocks if not given
 
-
+# %% ../nbs/14_frontier.ipynb #7e32465f
 @dataclass(frozen=True)
 class FrontierConfig:
     "A run configuration and, per type, what varies."
@@ -44,13 +44,13 @@ class FrontierConfig:
     types: dict[str, FrontierType]
     positions: tuple[str, ...] = ()  # one SAE at each of these hook points; those of `saes`, jointly, if not given
     seeds: tuple[int, ...] = ()  # one SAE with each; the configuration's if not given
-    share_log_probs: bool = True  # faster; costs one [tokens vocab] tensor
+    share_logits: bool = True  # faster; costs one [tokens vocab] tensor
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "FrontierConfig":
         "Read a run configuration that has a `frontier` section."
         values = dict(values)
-        share = convert(values.pop("share_log_probs", True), bool, "share_log_probs")
+        share = convert(values.pop("share_logits", True), bool, "share_logits")
         positions = convert(values.pop("positions", ()), tuple[str, ...], "positions")
         seeds = convert(values.pop("seeds", ()), tuple[int, ...], "seeds")
         if positions:
@@ -121,7 +121,7 @@ def shared_plan(plans: Sequence[Plan]) -> Plan:
 def frontier_step(
     trainings: Sequence[Training],  # The first one's stream is the stream of all
     plan: Plan,  # The shared one
-    share_log_probs: bool = True,  # Keep the original's log-probabilities [tokens vocab] while a batch lasts
+    share_logits: bool = True,  # Keep the original's logits [tokens vocab] while a batch lasts
 ) -> list[dict[str, float]]:  # What each member has to log
     "One optimizer step of every member on the same tokens."
     first = trainings[0]
@@ -130,7 +130,7 @@ def frontier_step(
         tokens = next(first.stream).to(first.subject.device)
         with first.precision():
             original = run_original(first.subject, tokens, plan)
-        original.log_probs = [] if share_log_probs and len(trainings) > 1 else None
+        original.logits = [] if share_logits and len(trainings) > 1 else None
         for i, t in enumerate(trainings):
             clock = Stopwatch()
             values[i] |= accumulate(t, tokens, original)
@@ -173,20 +173,18 @@ def frontier(
 ) -> Frontier:
     "Train many SAEs in one pass over the data."
     base = configs.base if isinstance(configs, FrontierConfig) else configs[0]
-    if subject is None:
-        subject = load_subject(base.tlens_model_path or base.tlens_model_name or "", dtype=base.dtype, device=base.device,
-                               tokenizer_name=base.train_data.tokenizer_name, processed_weights=base.processed_weights)
+    subject = subject or subject_for(base)
     all_configs = members(configs, subject) if isinstance(configs, FrontierConfig) else list(configs)
     check_members(all_configs)
     state = (take_up(all_configs, subject) if resume else None) or set_out(all_configs, subject)
     logs = [MetricsLog(t.config, t.folder, state.samples, base.n_samples, show=i == 0) for i, t in enumerate(state.trainings)]
     logs[0].bar.set_description(f"{len(logs)} SAEs")
-    keep_log_probs, plan = not isinstance(configs, FrontierConfig) or configs.share_log_probs, shared_plan([t.plan for t in state.trainings])
+    keep_logits, plan = not isinstance(configs, FrontierConfig) or configs.share_logits, shared_plan([t.plan for t in state.trainings])
     try:
         while base.n_samples is None or state.samples < base.n_samples:
             already = state.samples
             try:
-                logged = frontier_step(state.trainings, plan, keep_log_probs)
+                logged = frontier_step(state.trainings, plan, keep_logits)
             except StopIteration:
                 break
             _keep_record(state, logs, logged, already)

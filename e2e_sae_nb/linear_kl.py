@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .kernels import kl_rows, log_probs
+from .kernels import kl_rows
 from .models import Head
 
 # %% ../nbs/07a_linear_kl.ipynb #f97fa257
@@ -26,17 +26,14 @@ class _LinearKL(torch.autograd.Function):
         total, grad = new.new_zeros((), dtype=wide), torch.empty_like(new) if ctx.needs_input_grad[0] else None
         for start in range(0, len(new), chunk):
             part = slice(start, start + chunk)
-            if kept is None:
-                p = _logits(orig[part], weight, bias)
-            elif not full:
-                p = log_probs(_logits(orig[part], weight, bias), scale, softcap)
-                kept.append(p)
-            else:
-                p = kept[start // chunk]
-            kl, slope = kl_rows(p, _logits(new[part], weight, bias), scale, softcap, None if grad is None else scale / len(new), kept is not None)
+            z = kept[start // chunk] if kept and full else nn.functional.linear(orig[part].to(weight.dtype), weight, bias)
+            if kept is not None and not full:
+                kept.append(z)
+            change = nn.functional.linear((new[part] - orig[part]).to(weight.dtype), weight)
+            kl, slope = kl_rows(z, change, scale, softcap, None if grad is None else scale / len(new))
             total += kl
             if grad is not None and slope is not None:
-                grad[part] = slope.to(weight.dtype) @ weight
+                grad[part] = slope @ weight
         ctx.save_for_backward(*([] if grad is None else [grad]))
         return total / len(new)
 
@@ -46,10 +43,6 @@ class _LinearKL(torch.autograd.Function):
         return grad * upstream.to(grad.dtype), None, None, None, None, None, None, None
 
 # %% ../nbs/07a_linear_kl.ipynb #934e5abc
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return nn.functional.linear(hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
-
-
 def chunk_size(vocab_size: int, device: torch.device) -> int:
     "Tokens whose logits are held at a time: on a CPU what stays near the cache, on CUDA what fills the device (a quarter of a gigabyte)."
     return 256 if device.type == "cpu" else max(256, 2**26 // vocab_size)
@@ -60,7 +53,7 @@ def linear_kl(
     orig: Float[Tensor, "tokens d"],  # Final hidden states of the original network; a constant
     new: Float[Tensor, "tokens d"],  # Final hidden states of the spliced network
     chunk: int | None = None,  # Tokens whose logits exist at a time; see `chunk_size`
-    kept: list[Tensor] | None = None,  # Empty: filled with the original's log-probabilities; full: they are used instead of `orig`
+    kept: list[Tensor] | None = None,  # Empty: filled with the original's logits; full: they are used and not computed again
 ) -> Float[Tensor, ""]:  # nats per token
     "Mean KL(orig || new) of the predictions, differentiable in `new`."
     device = new.device.type
@@ -69,4 +62,5 @@ def linear_kl(
         low = low.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         chunk = chunk or chunk_size(len(low), new.device)
-        return _LinearKL.apply(new, orig, low, head.linear.bias, head.scale, head.softcap, chunk, kept)  # type: ignore[no-any-return]
+        bias = None if head.linear.bias is None else head.linear.bias.to(low.dtype)  # type: ignore[operator]
+        return _LinearKL.apply(new, orig, low, bias, head.scale, head.softcap, chunk, kept)  # type: ignore[no-any-return]

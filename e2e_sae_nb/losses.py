@@ -230,7 +230,7 @@ def objective(
     terms = sae_terms(saes, acts, original, loss, keep) | {
         f"in_to_orig/{name}": mse(new[name], original.activations[name], keep) for name in plan.downstream}
     if loss.logits_kl is not None and hidden is not None and original.hidden is not None:
-        terms["logits_kl"] = kl_term(subject.head, original.hidden, hidden, keep, original.log_probs)
+        terms["logits_kl"] = kl_term(subject.head, original.hidden, hidden, keep, original.logits)
     return Objective(weigh(terms, loss, len(plan.downstream)), terms, acts, hidden)
 
 # %% ../nbs/08_losses.ipynb #c749f00f
@@ -257,12 +257,12 @@ def kl_term(
     orig: Tensor,  # Final hidden states of the original network
     new: Tensor,  # Final hidden states of the spliced network
     keep: Keep,
-    log_probs: list[Tensor] | None = None,  # The original's, kept for the next SAE on the same tokens; see `linear_kl`
+    logits: list[Tensor] | None = None,  # The original's, kept for the next SAE on the same tokens; see `linear_kl`
 ) -> Float[Tensor, ""]:
     "Mean KL(orig || new) over the tokens that count, without full logits where the head is a plain linear map."
     orig, new = (h.flatten(0, -2) if keep is None else h[keep] for h in (orig, new))
     if head is not None and isinstance(head.linear, torch.nn.Linear):
-        return linear_kl(head, orig, new, kept=log_probs)
+        return linear_kl(head, orig, new, kept=logits)
     return kl_orig_to_new(*((orig, new) if head is None else (head(orig), head(new)))).mean()
 
 # %% ../nbs/08_losses.ipynb #ec9390f6

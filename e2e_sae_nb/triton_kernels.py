@@ -13,66 +13,66 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# %% ../nbs/04c_triton.ipynb #aa9f3523
+# %% ../nbs/04c_triton.ipynb #5c586cb8
 @triton.jit
 def _shaped(z, scale, cap, CAP: tl.constexpr):
-    z = z.to(tl.float32) * scale
+    z = z * scale
     if CAP:
         z = cap * (2 * tl.sigmoid(2 * z / cap) - 1)  # cap * tanh(z / cap)
     return z
 
-# %% ../nbs/04c_triton.ipynb #85ecc66a
+# %% ../nbs/04c_triton.ipynb #3e419fa9
 @triton.jit
-def _kl_rows(p_ptr, z_ptr, kl_ptr, width, scale, cap, factor, CAP: tl.constexpr, KNOWN: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+def _kl_rows(z_ptr, d_ptr, kl_ptr, width, scale, cap, factor, CAP: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    p_ptr += row * width
     z_ptr += row * width
+    d_ptr += row * width
     top_p = -float("inf")
     top_q = -float("inf")
     sum_p = 0.0
     sum_q = 0.0
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        z = tl.where(at < width, _shaped(tl.load(z_ptr + at, mask=at < width, other=0.0), scale, cap, CAP), -float("inf"))
-        new = tl.maximum(top_q, tl.max(z, 0))
-        sum_q = sum_q * tl.exp(top_q - new) + tl.sum(tl.exp(z - new), 0)
-        top_q = new
-        if not KNOWN:
-            z = tl.where(at < width, _shaped(tl.load(p_ptr + at, mask=at < width, other=0.0), scale, cap, CAP), -float("inf"))
-            new = tl.maximum(top_p, tl.max(z, 0))
-            sum_p = sum_p * tl.exp(top_p - new) + tl.sum(tl.exp(z - new), 0)
-            top_p = new
+        z = tl.load(z_ptr + at, mask=at < width, other=0.0).to(tl.float32)
+        new = z + tl.load(d_ptr + at, mask=at < width, other=0.0).to(tl.float32)
+        z = tl.where(at < width, _shaped(z, scale, cap, CAP), -float("inf"))
+        new = tl.where(at < width, _shaped(new, scale, cap, CAP), -float("inf"))
+        top = tl.maximum(top_p, tl.max(z, 0))
+        sum_p = sum_p * tl.exp(top_p - top) + tl.sum(tl.exp(z - top), 0)
+        top_p = top
+        top = tl.maximum(top_q, tl.max(new, 0))
+        sum_q = sum_q * tl.exp(top_q - top) + tl.sum(tl.exp(new - top), 0)
+        top_q = top
+    norm_p = top_p + tl.log(sum_p)
     norm_q = top_q + tl.log(sum_q)
-    norm_p = 0.0 if KNOWN else top_p + tl.log(sum_p)
     total = 0.0
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        z = _shaped(tl.load(z_ptr + at, mask=at < width, other=0.0), scale, cap, CAP)
-        log_p = tl.load(p_ptr + at, mask=at < width, other=0.0).to(tl.float32)
-        log_p = log_p if KNOWN else _shaped(log_p, scale, cap, CAP) - norm_p
+        z = tl.load(z_ptr + at, mask=at < width, other=0.0).to(tl.float32)
+        new = _shaped(z + tl.load(d_ptr + at, mask=at < width, other=0.0).to(tl.float32), scale, cap, CAP)
+        log_p = _shaped(z, scale, cap, CAP) - norm_p
         p = tl.where(at < width, tl.exp(log_p), 0.0)
-        total += tl.sum(p * (log_p - (z - norm_q)), 0)
+        total += tl.sum(p * (log_p - (new - norm_q)), 0)
         if GRAD:
-            slope = (1 - (z / cap) * (z / cap)) * factor if CAP else factor
-            tl.store(z_ptr + at, (tl.exp(z - norm_q) - p) * slope, mask=at < width)
+            slope = (1 - (new / cap) * (new / cap)) * factor if CAP else factor
+            tl.store(d_ptr + at, (tl.exp(new - norm_q) - p) * slope, mask=at < width)
     tl.store(kl_ptr + row, total)
 
-# %% ../nbs/04c_triton.ipynb #69b0eae1
+# %% ../nbs/04c_triton.ipynb #c5c50925
 def kl_rows(
-    p: Float[Tensor, "tokens vocab"],  # The original's logits, or its log-probabilities if `known`
-    z: Float[Tensor, "tokens vocab"],  # The new logits; overwritten if a gradient is wanted
+    z: Float[Tensor, "tokens vocab"],  # The original's raw logits
+    dz: Float[Tensor, "tokens vocab"],  # The new raw logits minus these; overwritten if a gradient is wanted
     scale: float = 1.0,
     softcap: float | None = None,
     factor: float | None = None,  # The gradient is multiplied by this; None: no gradient
-    known: bool = False,
-) -> tuple[Float[Tensor, ""], Tensor | None]:  # Sum over tokens of KL(orig || new), and its gradient (in `z`)
+) -> tuple[Float[Tensor, ""], Tensor | None]:  # Sum over tokens of KL(orig || new), and its gradient (in `dz`)
     "Divergence of rows of logits and its gradient in two walks over memory."
-    p, z = p.contiguous(), z.contiguous()
-    kl = torch.empty(len(z), dtype=torch.float32, device=z.device)
-    block = min(4096, triton.next_power_of_2(z.shape[1]))
-    _kl_rows[(len(z),)](p, z, kl, z.shape[1], scale, softcap or 1.0, factor or 0.0, CAP=softcap is not None, KNOWN=known,
-                        GRAD=factor is not None, BLOCK=block, num_warps=8)
-    return kl.sum(), None if factor is None else z
+    z, dz = z.contiguous(), dz.contiguous()
+    kl = torch.empty(len(dz), dtype=torch.float32, device=dz.device)
+    block = min(4096, triton.next_power_of_2(dz.shape[1]))
+    _kl_rows[(len(dz),)](z, dz, kl, dz.shape[1], scale, softcap or 1.0, factor or 0.0, CAP=softcap is not None, GRAD=factor is not None,
+                         BLOCK=block, num_warps=8)
+    return kl.sum(), None if factor is None else dz
 
 # %% ../nbs/04c_triton.ipynb #d4cae078
 @triton.jit

@@ -147,3 +147,31 @@ def test_train_lm_command(tmp_path):
     from e2e_sae_nb import load_subject
 
     assert load_subject(tmp_path / "lm", device="cpu").tokenizer is not None
+
+
+def test_frontier_goes_on_after_a_kill(place, tmp_path):
+    "The same command with --resume ends with the SAEs of an uninterrupted pass, bit for bit; `features` reads its runs."
+    values = yaml.safe_load(CONFIGS[1].read_text())
+    values.pop("loss")
+    values["frontier"] = {"local": {"lr": 1e-2, "sparsity": [0.1]}, "e2e": {"lr": 1e-2, "sparsity": [0.1]}}
+    (tmp_path / "f.yaml").write_text(yaml.safe_dump(values))
+    words = ["frontier", tmp_path / "f.yaml", *local(place, wandb_project="null", n_samples=1024, save_every_n_samples=64, eval_every_n_samples="null")]
+    whole = cli(*words, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    process = subprocess.Popen([*CLI, *map(str, words), "--out", str(tmp_path / "cut")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.time() + 120
+    while len(list((tmp_path / "cut" / "runs").glob("*/checkpoints/samples_*"))) < 3 and time.time() < until and process.poll() is None:
+        time.sleep(0.01)
+    assert process.poll() is None, "the pass ended before it could be killed; make it longer"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    resumed = cli(*words, "--out", tmp_path / "cut", "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    for name in sorted(path.name for path in (tmp_path / "whole" / "runs").iterdir() if path.is_dir()):
+        a, b = (load_run(tmp_path / which / "runs" / name).saes["blocks.6.hook_resid_pre"] for which in ("whole", "cut"))
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True)), name
+    run = next(path for path in (tmp_path / "cut" / "runs").iterdir() if path.name.startswith("e2e"))
+    page = cli("features", run, "--out", tmp_path / "features.html", "--compare", run, "--n-tokens", "500")
+    assert page.returncode == 0, page.stderr[-2000:]
+    assert (tmp_path / "features.html").read_text().count('"contexts"') > 2

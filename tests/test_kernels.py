@@ -19,10 +19,9 @@ def compiled(function, types, **constants):
     return len(triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32)).asm["cubin"])
 
 for dtype in ("fp32", "bf16", "fp16"):
-    rows = {"p_ptr": "*" + dtype, "z_ptr": "*" + dtype, "kl_ptr": "*fp32", "width": "i32", "scale": "fp32", "cap": "fp32", "factor": "fp32"}
-    for cap, known, grad in ((False, False, True), (True, False, True), (True, True, False)):
-        types = rows | ({"p_ptr": "*fp32"} if known else {})
-        assert compiled(k._kl_rows, types, CAP=cap, KNOWN=known, GRAD=grad, BLOCK=4096) > 1000
+    rows = {"z_ptr": "*" + dtype, "d_ptr": "*" + dtype, "kl_ptr": "*fp32", "width": "i32", "scale": "fp32", "cap": "fp32", "factor": "fp32"}
+    for cap, grad in ((False, True), (True, True), (True, False)):
+        assert compiled(k._kl_rows, rows, CAP=cap, GRAD=grad, BLOCK=4096) > 1000
     pairs = {"row_ptr": "*i64", "token_ptr": "*i64", "rows_ptr": "*" + dtype, "x_ptr": "*" + dtype, "out_ptr": "*fp32", "width": "i32"}
     assert compiled(k._pair_products, pairs, BLOCK=1024) > 1000
 bags = {"index_ptr": "*i64", "rows_ptr": "*fp32", "offset_ptr": "*i64", "weight_ptr": "*fp32", "out_ptr": "*fp32", "bags": "i32", "pairs": "i32"}

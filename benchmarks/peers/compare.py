@@ -3,8 +3,8 @@
     python -m venv sparsify-env && sparsify-env/bin/pip install eai-sparsify==1.3.3
     python benchmarks/peers/compare.py sparsify --python sparsify-env/bin/python
 
-    python -m venv e2e-env && e2e-env/bin/pip install "transformer-lens<3" e2e-sae
-    python benchmarks/peers/compare.py e2e_sae --python e2e-env/bin/python [--checkout FOLDER]
+    python -m venv e2e-env && e2e-env/bin/pip install "transformer-lens<3" "transformers<5" "numpy<2" "pyarrow<18" "pandas<2.3" "datasets<4" wandb fire python-dotenv
+    python benchmarks/peers/compare.py e2e_sae --python e2e-env/bin/python --checkout FOLDER-THAT-HOLDS-e2e_sae
 
 Writes data/results/peers_sparsify.json or peers_e2e_sae.json: median seconds per step after the first, tokens per second, ratios. GPT-2-small
 shape: 12 x 768, vocabulary 50,257, layer 6, 46,080 latents, about 50 active, batch 4 x 128.

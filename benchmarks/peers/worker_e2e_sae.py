@@ -7,6 +7,9 @@ defaults), without logging.
 
 import sys
 
+from turns import take_over_stdout, wait_for_turn
+
+take_over_stdout()
 objective, batch, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sys.path[1:1] = sys.argv[4:]
 
@@ -14,7 +17,6 @@ import torch  # noqa: E402
 from e2e_sae.losses import LossConfigs, calc_loss  # noqa: E402
 from e2e_sae.models.transformers import SAETransformer  # noqa: E402
 from transformer_lens import HookedTransformer, HookedTransformerConfig  # noqa: E402
-from turns import wait_for_turn  # noqa: E402
 
 torch.manual_seed(0)
 PLACE, LATER = "blocks.6.hook_resid_pre", [f"blocks.{i}.hook_resid_pre" for i in range(7, 12)]

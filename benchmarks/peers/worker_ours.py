@@ -3,12 +3,13 @@
 import sys
 
 import torch
-from turns import wait_for_turn
+from turns import take_over_stdout, wait_for_turn
 
 from e2e_sae_nb.bench import SHAPES, SIDES, Side, _sample, bench_losses, bench_subject
 from e2e_sae_nb.compiling import compile_blocks
 from e2e_sae_nb.core import generator, pick_device
 
+take_over_stdout()
 objective, method, batch, context = sys.argv[1], SIDES[sys.argv[2]], int(sys.argv[3]), int(sys.argv[4])
 subject, shape = bench_subject("gpt2-small", pick_device()), SHAPES["gpt2-small"]
 g = generator(0, "bench")

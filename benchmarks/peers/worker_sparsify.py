@@ -5,11 +5,15 @@ coder switches bfloat16 autocast on for CUDA only; here the whole of it runs und
 """
 
 import sys
+import tempfile
 
-import torch
-from sparsify import SaeConfig, TrainConfig, Trainer
-from transformers import GPT2Config, GPT2LMHeadModel
-from turns import wait_for_turn
+from turns import take_over_stdout, wait_for_turn
+
+take_over_stdout()
+
+import torch  # noqa: E402
+from sparsify import SaeConfig, TrainConfig, Trainer  # noqa: E402
+from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 loss, batch, context, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 torch.manual_seed(0)
@@ -30,6 +34,7 @@ class Tokens(torch.utils.data.Dataset):
 
 config = TrainConfig(SaeConfig(num_latents=46080, k=50), batch_size=batch, loss_fn=loss, optimizer="adam", lr=1e-5, hookpoints=["h.5"],
                      log_to_wandb=False, save_every=10**9)
-with torch.autocast("cpu", torch.bfloat16):
+with tempfile.TemporaryDirectory() as folder, torch.autocast("cpu", torch.bfloat16):
+    config.save_dir = folder  # it saves once at the end, whatever it is told
     Trainer(config, Tokens(), model).fit()
-wait_for_turn()
+    wait_for_turn()
