@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .data import TokenStream
 
-# %% ../nbs/04e_prefetch.ipynb #06d7b132
+# %% ../nbs/04e_prefetch.ipynb #c6052b6e
 def _work(stream: TokenStream, ready: "queue.Queue[tuple[Any, dict[str, int]]]", stop: threading.Event, pin: bool) -> None:
+    full = queue.Full  # a thread may outlive the names of the page or module it came from
     while not stop.is_set():
         try:
             batch: Any = next(stream)
@@ -30,7 +31,7 @@ def _work(stream: TokenStream, ready: "queue.Queue[tuple[Any, dict[str, int]]]",
             try:
                 ready.put(item, timeout=0.1)
                 break
-            except queue.Full:
+            except full:
                 continue
         if isinstance(batch, BaseException):
             return
