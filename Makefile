@@ -25,7 +25,7 @@ bench: $(STAMP)  ## speed and memory against the reference's way of computing
 	$(BIN)/e2e-sae bench $(ARGS)
 
 lab: $(STAMP)  ## JupyterLab on the tutorial
-	$(BIN)/jupyter lab $(ARGS) nbs/tutorials/tutorial.ipynb
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/tutorials/tutorial.ipynb $(ARGS)
 
 docs: $(STAMP)  ## the site in _docs/: by quarto if it is on PATH, otherwise by the renderer from PyPI
 	@if command -v quarto >/dev/null; then PATH="$(CURDIR)/$(BIN):$$PATH" quarto render; else $(BIN)/python -m e2e_sae_nb._docs; fi
