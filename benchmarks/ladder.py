@@ -12,13 +12,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
-from e2e_sae_nb.bench import SHAPES, SIDES, Method, Side, _sample, bench_losses, bench_subject, floor_multiply_adds, matrix_rate
+from e2e_sae_nb.bench import (
+    SHAPES,
+    SIDES,
+    Method,
+    Side,
+    _sample,
+    bench_losses,
+    bench_subject,
+    floor_multiply_adds,
+    matrix_rate,
+    side_memory,
+)
 from e2e_sae_nb.compiling import compile_blocks
-from e2e_sae_nb.core import Stopwatch, generator, peak_memory_bytes, pick_device, progress, provenance, reset_peak_memory, write_json
+from e2e_sae_nb.core import Stopwatch, generator, pick_device, progress, provenance, write_json
 from e2e_sae_nb.losses import dense_forward, kl_term, make_plan, objective, run_original, sae_terms, weigh
 from e2e_sae_nb.sparse_step import sparse_forward
 from e2e_sae_nb.splicing import _until_unembedding, original_pass, splice
@@ -83,15 +93,7 @@ def memory(shape: str, rung: str) -> int:
     subject, batch = bench_subject(shape, device), SHAPES[shape]["cuda_batch" if device.type == "cuda" else "batch"]
     tokens = torch.randint(subject.vocab_size or 2, batch, generator=generator(0, "ladder")).to(device)
     side = build(shape, rung, tokens[:1], subject)
-    for p in side.sae.parameters():
-        p.grad = torch.zeros_like(p)
-    side.optimizer.step()
-    side.run(tokens[:1])
-    resident = psutil.Process().memory_info().rss if device.type == "cpu" else torch.cuda.memory_allocated(device)
-    reset_peak_memory(device)
-    for _ in range(2):
-        side.run(tokens)
-    return max(0, peak_memory_bytes(device) - resident)
+    return side_memory(side, tokens)["working_memory_bytes"]
 
 
 def main() -> None:

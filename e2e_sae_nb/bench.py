@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'SIDES', 'bench_subject', 'bench_losses', 'set_l0', 'reference_step', 'our_step', 'Method',
            'floor_multiply_adds', 'reference_multiply_adds', 'matrix_rate', 'Side', 'compare', 'memory_of',
-           'memory_in_subprocess', 'bench']
+           'side_memory', 'memory_in_subprocess', 'bench']
 
 # %% ../nbs/20_bench.ipynb #1e7c6b5d
 import json
@@ -224,16 +224,20 @@ def _gradients(sides: dict[str, Side], tokens: Tensor) -> dict[str, float]:
 # %% ../nbs/20_bench.ipynb #fb398e4a
 def memory_of(shape: str, name: str, side: str) -> dict[str, int]:
     "Run a few steps in this process and report its memory; call it through `memory_in_subprocess`."
-    import psutil
-
     device = pick_device()
     subject = bench_subject(shape, device)
     batch = SHAPES[shape]["cuda_batch" if device.type == "cuda" else "batch"]
     tokens = torch.randint(subject.vocab_size or 2, batch, generator=generator(0, "bench")).to(device)
     place = SHAPES[shape]["place"]
     runner = Side(SIDES[side], subject, place, SHAPES[shape]["ratio"], bench_losses(subject, place)[name], _sample(subject, place, tokens[:1]))
-    if runner.method.compiled:
-        compile_blocks(subject, tokens, runner.precision)
+    return side_memory(runner, tokens)
+
+
+def side_memory(runner: Side, tokens: Tensor) -> dict[str, int]:
+    "Peak of this process while a side takes two steps, and how much of it came with them."
+    import psutil
+
+    device = tokens.device
     for p in runner.sae.parameters():
         p.grad = torch.zeros_like(p)
     runner.optimizer.step()

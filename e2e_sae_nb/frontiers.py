@@ -18,7 +18,7 @@ from .core import FORMAT_VERSION, Stopwatch, UserError, check_format, nearest, r
 from .losses import LossConfig, Plan, downstream_positions, e2e_ds_loss, e2e_loss, local_loss, run_original
 from .models import Subject, resolve_points
 from .runs import MetricsLog, Run, RunConfig, run_config
-from .state import Training, begin, resume, save, subject_for
+from .state import StopRequest, Training, begin, resume, save, subject_for
 from .training import accumulate, due, evaluate_trainings, finish, flat_values, optimizer_step, passes_per_step
 
 # %% ../nbs/14_frontier.ipynb #946c8ef0
@@ -181,18 +181,19 @@ def frontier(
     logs[0].bar.set_description(f"{len(logs)} SAEs")
     keep_logits, plan = not isinstance(configs, FrontierConfig) or configs.share_logits, shared_plan([t.plan for t in state.trainings])
     try:
-        while base.n_samples is None or state.samples < base.n_samples:
-            already = state.samples
-            try:
-                logged = frontier_step(state.trainings, plan, keep_logits)
-            except StopIteration:
-                break
-            _keep_record(state, logs, logged, already)
+        with StopRequest() as stop:
+            while (base.n_samples is None or state.samples < base.n_samples) and not stop.asked:
+                already = state.samples
+                try:
+                    logged = frontier_step(state.trainings, plan, keep_logits)
+                except StopIteration:
+                    break
+                _keep_record(state, logs, logged, already)
+        if stop.asked:
+            state.save()
+            say(f"\ninterrupted; saved after {state.samples} samples in {base.save_dir}, from where it can be resumed", always=True)
+            raise KeyboardInterrupt
         return _finish_all(state, logs, on_finish)
-    except KeyboardInterrupt:
-        state.save()
-        say(f"\ninterrupted after {state.samples} samples; what is saved in {base.save_dir} can be resumed")
-        raise
     finally:
         for log in logs:
             log.close()
@@ -225,6 +226,10 @@ class Pass:
         "A checkpoint of every member."
         for t in self.trainings:
             save(t)
+        self.record()
+
+    def record(self) -> None:
+        "Write down which runs belong together."
         if (folder := self.trainings[0].config.save_dir) is not None:
             names = [t.folder.name for t in self.trainings if t.folder is not None]
             write_json(folder / RECORD, {"format_version": FORMAT_VERSION, "members": names, "shared_seconds": self.shared_seconds})
@@ -293,4 +298,5 @@ def _finish_all(state: Pass, logs: Sequence[MetricsLog], on_finish: Callable[[Ru
         runs.append(finish(t, log, t.seconds, result, seconds_shared=shared))
         if on_finish is not None:
             on_finish(runs[-1])
+    state.record()  # also of a pass that was never saved on the way: resuming it has only to evaluate
     return runs

@@ -27,7 +27,7 @@ from .runs import MetricsLog, Run, RunConfig, load_run
 from .sae import trainable
 from .sparse_step import SparseCode
 from .splicing import Original
-from .state import Training, begin, data_for, lr_factor, resume, save
+from .state import StopRequest, Training, begin, data_for, lr_factor, resume, save
 
 # %% ../nbs/13_train.ipynb #f3d541c2
 def train_step(t: Training) -> dict[str, float]:  # What to log
@@ -101,24 +101,25 @@ def train(
     if t.config.eval_every_n_samples is not None and t.samples == 0:
         log.write(0, flat_values(evaluate_training(t)))
     try:
-        while t.config.n_samples is None or t.samples < t.config.n_samples:
-            already = t.samples
-            try:
-                values = train_step(t)
-            except StopIteration:  # n_samples is not given: one pass over the data
-                break
-            t.seconds = before + float(clock)
-            if values:
-                log.write(t.samples, values)
-            log.bar.update(t.samples - already)
-            if due(t.config.eval_every_n_samples, already, t.samples):
-                log.write(t.samples, flat_values(evaluate_training(t)))
-            if due(t.config.save_every_n_samples, already, t.samples):
-                save(t)
+        with StopRequest() as stop:
+            while (t.config.n_samples is None or t.samples < t.config.n_samples) and not stop.asked:
+                already = t.samples
+                try:
+                    values = train_step(t)
+                except StopIteration:  # n_samples is not given: one pass over the data
+                    break
+                t.seconds = before + float(clock)
+                if values:
+                    log.write(t.samples, values)
+                log.bar.update(t.samples - already)
+                if due(t.config.eval_every_n_samples, already, t.samples):
+                    log.write(t.samples, flat_values(evaluate_training(t)))
+                if due(t.config.save_every_n_samples, already, t.samples):
+                    save(t)
+        if stop.asked:
+            say(f"\ninterrupted; saved at {save(t)}, continue with: e2e-sae train --resume {t.folder}", always=True)
+            raise KeyboardInterrupt
         return finish(t, log, before + float(clock))
-    except KeyboardInterrupt:
-        say(f"\ninterrupted; saved at {save(t)}, continue with: e2e-sae train --resume {t.folder}")
-        raise
     finally:
         log.close()
 
