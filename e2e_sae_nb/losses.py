@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .core import UserError
-from .linear_kl import linear_kl
+from .linear_kl import KeptLogits, linear_kl
 from .models import Head, Subject, find_point, resolve_points
 from .sae import SAE, SAEActs
 from .sparse_step import SparseCode, code_norm
@@ -257,7 +257,7 @@ def kl_term(
     orig: Tensor,  # Final hidden states of the original network
     new: Tensor,  # Final hidden states of the spliced network
     keep: Keep,
-    logits: list[Tensor] | None = None,  # The original's, kept for the next SAE on the same tokens; see `linear_kl`
+    logits: KeptLogits | None = None,  # The original's, kept for the next SAE on the same tokens; see `linear_kl`
 ) -> Float[Tensor, ""]:
     "Mean KL(orig || new) over the tokens that count, without full logits where the head is a plain linear map."
     orig, new = (h.flatten(0, -2) if keep is None else h[keep] for h in (orig, new))

@@ -125,7 +125,7 @@ class Original:
     hidden: Tensor | None = None  # final hidden states before the unembedding (a plain module's output); None if stopped
     states: dict[int, Tensor] = field(default_factory=dict)  # block -> the hidden state it was called with
     calls: dict[int, tuple[tuple, dict]] = field(default_factory=dict)  # block -> its other arguments
-    logits: list[Tensor] | None = None  # a list: the KL divergence keeps the original's logits here, for the next SAE
+    logits: list[tuple[Tensor, Tensor | None]] | None = None  # a list: the KL divergence keeps the original's logits here, for the next SAE
 
 # %% ../nbs/07_splice.ipynb #ab60f0ea
 @torch.no_grad()
