@@ -60,6 +60,7 @@ setup(
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={
         "dev": shlex.split(cfg["dev_requirements"]),
+        "autointerp": ["openai>=1.60"],
         "wandb": ["wandb>=0.19"],
         "tensorboard": ["tensorboard>=2.18"],
         "umap": ["umap-learn>=0.5.7"],

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .core import FORMAT_VERSION, UserError, check_format, read_json, write_json
+from .architectures import new_sae
 from .sae import SAE
 
 # %% ../nbs/11a_checkpoint.ipynb #8b8d63d5
@@ -45,7 +46,7 @@ def save_checkpoint(
             _save_tensors(tensors, temporary / "training.safetensors")
             write_json(temporary / "training.json", dict(state or {}))
         sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(temporary.iterdir())}
-        positions = {name: {"architecture": "relu", "d_in": sae.d_in, "d_sae": sae.d_sae} for name, sae in saes.items()}
+        positions = {name: {"architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "options": sae.options()} for name, sae in saes.items()}
         write_json(temporary / "cfg.json", {"format_version": FORMAT_VERSION, "positions": positions, **info, "sha256": sums})
         if folder.exists():
             shutil.rmtree(folder)
@@ -74,17 +75,20 @@ def load_saes(
     saes: dict[str, SAE] = {}
     for name, position in cfg["positions"].items():
         values = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
-        saes[name] = sae_from_tensors(values, dtype, where=f"{folder} at {name}").to(device)
+        options = {key: tuple(v) if isinstance(v, list) else v for key, v in position.get("options", {}).items()}
+        saes[name] = sae_from_tensors(values, dtype, f"{folder} at {name}", position.get("architecture", "relu"), **options).to(device)
         if (saes[name].d_in, saes[name].d_sae) != (position["d_in"], position["d_sae"]):
             raise UserError(f"{folder}: the weights at {name} have other sizes than cfg.json says; the folder was altered")
     return saes
 
-
+# %% ../nbs/11a_checkpoint.ipynb #18f002e2
 def sae_from_tensors(
     values: Mapping[str, Tensor],  # W_enc, b_enc, W_dec, b_dec and perhaps input_scale
     dtype: torch.dtype | None = None,
     where: str = "the file",  # For messages
-) -> SAE:
+    architecture: str = "relu",
+    **options: Any,  # The architecture's settings
+) -> SAE:  # Ready for use, not for training
     "An SAE with these weights."
     missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - set(values)
     if missing:
@@ -92,9 +96,13 @@ def sae_from_tensors(
     if dtype is None:
         dtype = torch.promote_types(values["W_enc"].dtype, torch.float32)
     d_in, d_sae = values["W_enc"].shape
-    sae = SAE(d_in, d_sae, orthogonal=False, dtype=dtype)
+    sae = new_sae(architecture, d_in, d_sae, orthogonal=False, dtype=dtype, **options)
+    absent = set(sae.state_dict()) - set(values) - {"input_scale"}
+    if absent or set(values) - set(sae.state_dict()):
+        raise UserError(f"{where} does not hold a {architecture} SAE: {', '.join(sorted(absent)) or 'nothing'} missing, "
+                        f"{', '.join(sorted(set(values) - set(sae.state_dict()))) or 'nothing'} too much")
     sae.load_state_dict({"input_scale": torch.ones(()), **values})
-    return sae
+    return sae.eval()
 
 # %% ../nbs/11a_checkpoint.ipynb #e5e1af69
 def read_cfg(

@@ -8,17 +8,16 @@ __all__ = ['Dashboard', 'pane', 'features']
 # %% ../nbs/45a_dashboard.ipynb #bfd4d0d5
 import html
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 
 from .config import to_dict
 from .core import Stopwatch, atomic_path, provenance
-from .features import describe
+from .features import describe, first_tokens
 from .losses import run_type
 from .models import Subject
 from .runs import Run
@@ -79,7 +78,7 @@ def features(
     for run in [runs] if isinstance(runs, Run) else runs:
         clock, (place, sae) = Stopwatch(), next(iter(run.saes.items()))
         config = replace(run.config, save_dir=None)
-        batches = _first_tokens(data_for(config, subject, "eval"), n_tokens)
+        batches = first_tokens(data_for(config, subject, "eval"), n_tokens)
         facts = describe(subject, place, sae.to(subject.device), batches, limit=limit, ablate=ablate)
         origin = provenance(to_dict(run.config), seed=run.config.seed, tokens=facts["tokens"], seconds=float(clock), device=subject.device)
         known = {k: run.summary[k] for k in ("ce_increase", "kl") if k in run.summary}
@@ -88,11 +87,3 @@ def features(
         record = "\n".join(f"{k}: {v}" for k, v in origin.items() if k != "config")
         panes.append(pane(facts, subject, run.path.name if run.path else run_type(run.config.loss), subtitle, record))
     return Dashboard(panes)
-
-
-def _first_tokens(batches: Iterable[Tensor], n_tokens: int) -> Iterator[Tensor]:
-    for batch in batches:
-        yield batch
-        n_tokens -= batch.numel()
-        if n_tokens <= 0:
-            return

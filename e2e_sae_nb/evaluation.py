@@ -141,7 +141,7 @@ def evaluate_saes(
     "Measure what splicing the SAEs in does to the network on held-out tokens."
     return evaluate_many(subject, [saes], batches, keep=keep, total=total)[0]
 
-
+# %% ../nbs/11_evaluate.ipynb #5f736d74
 @torch.no_grad()
 def evaluate_many(
     subject: Subject,
@@ -154,13 +154,19 @@ def evaluate_many(
     "Evaluate many sets of SAEs on the same tokens; they share the original pass and the zero ablation."
     if subject.head is None:
         raise UserError("evaluation of next-token metrics needs a language model; for a plain module compare outputs under splice()")
-    members = []
+    members, learning = [], {sae for saes in alternatives for sae in saes.values() if getattr(sae, "training", False)}
     for saes in alternatives:
         later = [name for name in _later_points(subject, list(saes)) if name not in saes]
         members.append((saes, later, _Tally(saes, later)))
-    for tokens in progress(batches, total=total, desc="evaluating", unit="batch", leave=False):
-        tokens = tokens.to(subject.device)
-        _add_batch(subject, members, tokens, None if keep is None else keep(tokens))
+    for sae in learning:
+        sae.eval()
+    try:
+        for tokens in progress(batches, total=total, desc="evaluating", unit="batch", leave=False):
+            tokens = tokens.to(subject.device)
+            _add_batch(subject, members, tokens, None if keep is None else keep(tokens))
+    finally:
+        for sae in learning:
+            sae.train()
     if any(tally.tokens == 0 for _, _, tally in members):
         raise UserError("there were no tokens to evaluate on")
     return [_result(saes, later, tally) for saes, later, tally in members]

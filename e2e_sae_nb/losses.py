@@ -86,11 +86,16 @@ class SparsityConfig:
 
     coeff: float  # lambda
     p_norm: float = 1.0
+    p_end: float | None = None  # where the exponent moves during training
+    target_l0: float | None = None  # active latents per token; the coefficient follows
+    control: float = 0.01  # how fast it does
 
     def __post_init__(self):
         _non_negative("sparsity.coeff", self.coeff)
-        if self.p_norm <= 0:
-            raise UserError("loss.sparsity.p_norm must be positive")
+        if self.p_norm <= 0 or (self.p_end is not None and self.p_end <= 0):
+            raise UserError("loss.sparsity.p_norm and p_end must be positive")
+        if self.target_l0 is not None and (self.target_l0 <= 0 or self.coeff == 0 or self.control <= 0):
+            raise UserError("loss.sparsity.target_l0 must be positive and needs a penalty to steer: give coeff and control above 0")
 
 # %% ../nbs/08_losses.ipynb #e1e59df7
 @dataclass(frozen=True)
@@ -243,8 +248,11 @@ def sae_terms(
 ) -> dict[str, Tensor]:
     "The terms that look at one SAE each."
     terms: dict[str, Tensor] = {}
-    for name, (x, c, output) in acts.items():
-        terms[f"sparsity/{name}"] = sparsity(c, saes[name].d_in, loss.sparsity.p_norm, keep)
+    for name, (x, c, output, penalty, aux) in acts.items():
+        own = None if penalty is None else mean_over(penalty, keep) / saes[name].d_in  # an architecture's own penalty
+        terms[f"sparsity/{name}"] = sparsity(c, saes[name].d_in, loss.sparsity.p_norm, keep) if own is None else own
+        if aux is not None:
+            terms[f"aux/{name}"] = mean_over(aux, keep)
         if loss.out_to_in is not None:
             terms[f"out_to_in/{name}"] = mse(output, x, keep)
         if loss.out_to_orig is not None:
@@ -272,7 +280,7 @@ def weigh(
     n_downstream: int,
 ) -> Float[Tensor, ""]:
     "The weighted sum of the terms."
-    weights = {"sparsity": loss.sparsity.coeff,
+    weights = {"sparsity": loss.sparsity.coeff, "aux": 1.0,
                "in_to_orig": loss.in_to_orig.total_coeff / n_downstream if loss.in_to_orig else 0.0}
     for key in ("out_to_in", "out_to_orig", "logits_kl"):
         term = getattr(loss, key)

@@ -143,6 +143,8 @@ def run_name(config: RunConfig) -> str:
         return config.wandb_run_name_prefix + config.wandb_run_name
     place = "_".join(p.replace("blocks.", "L").replace(".hook", "").replace(".", "-") for p in config.saes.sae_positions)
     kind = run_type(config.loss).replace("+", "-")
+    if config.saes.architecture != "relu":
+        kind = f"{config.saes.architecture}{config.saes.k or ''}_{kind}"
     return f"{config.wandb_run_name_prefix}{kind}_{place}_lambda{config.loss.sparsity.coeff:g}_lr{config.lr:g}_seed{config.seed}"
 
 # %% ../nbs/12_runs.ipynb #1fd05324

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .architectures import make_saes, trainable
 from .checkpoint import checkpoints, latest_checkpoint, load_saes, load_tensors, optimizer_tensors, read_cfg, restore_optimizer, save_checkpoint
 from .compiling import compile_blocks, restore_blocks
 from .config import to_dict
@@ -30,8 +31,9 @@ from .metrics import fired
 from .models import Subject, find_point, load_subject, resolve_points
 from .prefetch import Prefetch
 from .runs import RunConfig, new_run_dir, run_config
-from .sae import SAE, SAEActs, make_saes, trainable, unit_mean_square_scale
+from .sae import SAE, SAEActs, unit_mean_square_scale
 from .sparse_step import SAEAdam, SparseCode, sparse_forward
+from .sparsity_control import SparsityControl
 from .splicing import check_replay, original_pass
 
 # %% ../nbs/12a_state.ipynb #21b8603a
@@ -101,6 +103,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     stream: TokenStream | Prefetch
     window: ActivationWindow
+    control: SparsityControl
     folder: Path | None
     samples: int = 0  # sequences trained on
     tokens: int = 0  # tokens trained on
@@ -147,7 +150,7 @@ def begin(
     saes = initial_saes(config, subject, names)
     optimizer = SAEAdam(trainable(saes.values()), config.lr, config.adam_betas)
     window = ActivationWindow(config.collect_act_frequency_every_n_samples, config.act_frequency_n_tokens)
-    return Training(config, subject, saes, plan, optimizer, stream, window, new_run_dir(config, name))
+    return Training(config, subject, saes, plan, optimizer, stream, window, SparsityControl(config.loss.sparsity), new_run_dir(config, name))
 
 # %% ../nbs/12a_state.ipynb #b20922f3
 def subject_for(
@@ -171,7 +174,7 @@ def initial_saes(config: RunConfig, subject: Subject, names: list[str]) -> dict[
     dtype = torch.promote_types(subject.dtype, torch.float32)  # 16-bit subjects keep 32-bit SAEs
     saes = make_saes({name: find_point(subject, name).width for name in names}, config.saes, seed=config.seed, dtype=dtype)
     loaded = {n: s for path in config.saes.pretrained_sae_paths or () for n, s in load_saes(path, dtype=dtype).items() if n in saes}
-    saes |= {name: sae.requires_grad_(config.saes.retrain_saes) for name, sae in loaded.items()}
+    saes |= {name: sae.requires_grad_(config.saes.retrain_saes).train(config.saes.retrain_saes) for name, sae in loaded.items()}
     if not trainable(saes.values()):
         raise UserError("every SAE comes from pretrained_sae_paths and retrain_saes is false, so there is nothing to train")
     if config.saes.activation_norm == "unit":
@@ -208,7 +211,7 @@ def save(t: Training) -> Path | None:  # The checkpoint's folder
         return None
     tensors = optimizer_tensors(t.optimizer) | {f"window/{name}": n for name, n in t.window.counts.items()}
     state = {"samples": t.samples, "tokens": t.tokens, "steps": t.steps, "seconds": t.seconds, "stream": t.stream.state_dict(),
-             "window": {"next_at": t.window.next_at, "seen": t.window.seen}}
+             "window": {"next_at": t.window.next_at, "seen": t.window.seen}, "control": {"scale": t.control.scale, "progress": t.control.progress}}
     info = {"subject": t.subject.name, "processed_weights": t.config.processed_weights, "type": run_type(t.config.loss),
             "samples": t.samples, "config_hash": config_hash(to_dict(t.config))}
     return save_checkpoint(t.folder / "checkpoints" / f"samples_{t.samples}", t.saes, info, tensors=tensors, state=state)
@@ -233,6 +236,7 @@ def resume(
     restore_optimizer(t.optimizer, tensors)
     t.stream.load_state_dict(state["stream"])
     t.window.next_at, t.window.seen = state["window"]["next_at"], state["window"]["seen"]
+    t.control.scale, t.control.progress = (state.get("control", {}).get(key, value) for key, value in (("scale", 1.0), ("progress", 0.0)))
     t.window.counts = {k.removeprefix("window/"): v.to(t.subject.device) for k, v in tensors.items() if k.startswith("window/")}
     t.samples, t.tokens, t.steps, t.seconds = (state[key] for key in ("samples", "tokens", "steps", "seconds"))
     return t

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .architectures import observe, trainable
 from .config import to_dict
 from .core import Stopwatch, UserError, peak_memory_bytes, provenance, say, write_json
 from .data import TokenStream
@@ -24,7 +25,6 @@ from .losses import Objective, objective, run_original, run_type
 from .metrics import counted, l0
 from .models import Subject
 from .runs import MetricsLog, Run, RunConfig, load_run
-from .sae import trainable
 from .sparse_step import SparseCode
 from .splicing import Original
 from .state import StopRequest, Training, begin, data_for, lr_factor, resume, save
@@ -50,14 +50,19 @@ def accumulate(t: Training, tokens: Tensor, original: Original) -> dict[str, flo
     "Add one batch's gradient."
     keep = t.keep(tokens)
     with t.precision():
-        result = objective(t.subject, original, t.saes, t.config.loss, t.plan, keep, t.forward)
+        result = objective(t.subject, original, t.saes, t.control.loss(t.config.loss), t.plan, keep, t.forward)
     (result.total / passes_per_step(t.config)).backward()
+    observe(t.saes, {name: acts.c for name, acts in result.acts.items()})
     codes = {name: counted(acts.c.detach(), keep) for name, acts in result.acts.items()}
     values = t.window.add(codes, t.samples, tokens.numel() if keep is None else int(keep.sum()))
     t.samples += len(tokens)
     t.tokens += tokens.numel()
+    t.control.observe(codes, 0.0 if t.config.n_samples is None else t.samples / t.config.n_samples)
     if _logs_now(t):
         values |= log_values(result, codes)
+        if t.control.moves:
+            penalty = t.control.loss(t.config.loss).sparsity
+            values |= {"sparsity_coeff": penalty.coeff, "p_norm": penalty.p_norm}
     return values
 
 # %% ../nbs/13_train.ipynb #7a5a5572
@@ -168,6 +173,8 @@ def finish(t: Training, log: MetricsLog, seconds: float, result: EvalResult | No
     "Save, evaluate unless a result is given, and write the summary (with `further` facts)."
     t.seconds = seconds
     save(t)
+    for sae in t.saes.values():
+        sae.eval()
     result = result or evaluate_training(t)
     log.write(t.samples, flat_values(result))
     summary = summarise(t, result) | further

@@ -6,7 +6,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -175,3 +177,58 @@ def test_frontier_goes_on_after_a_kill(place, tmp_path):
     page = cli("features", run, "--out", tmp_path / "features.html", "--compare", run, "--n-tokens", "500")
     assert page.returncode == 0, page.stderr[-2000:]
     assert (tmp_path / "features.html").read_text().count('"contexts"') > 2
+
+
+class Model(BaseHTTPRequestHandler):
+    "An OpenAI-compatible server: explanations and a list of passages."
+
+    asked = 0
+    pause = 0.0
+
+    def do_POST(self):
+        text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
+        time.sleep(self.pause)
+        Model.asked += 1
+        answer = {"role": "assistant", "content": "some token" if "<<" in text else "[1, 2]"}
+        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [{"index": 0, "finish_reason": "stop", "message": answer}]}
+        data = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_autointerp_goes_on_after_a_kill(place, tmp_path):
+    "An estimate first; killed in the middle, the same command asks only what is left; then nothing."
+    # a strong penalty, so that latents are silent in some of the short sequences
+    run = cli("train", CONFIGS[0], *local(place, wandb_project="null", lr=1e-2, **{"loss.sparsity.coeff": 3}), "--set", f"save_dir={tmp_path}")
+    assert run.returncode == 0, run.stderr[-2000:]
+    folder = next(path for path in tmp_path.iterdir() if (path / "summary.json").exists())
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Model)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    words = ["autointerp", folder, "--model", "m", "--base-url", f"http://127.0.0.1:{server.server_port}/v1", "--latents", "8", "--n-tokens", "20000",
+             "--out", tmp_path / "scores.json", "--concurrency", "1"]
+    told = cli(*words, "--estimate", "--price-in", "1", "--price-out", "1")
+    assert told.returncode == 0 and "questions (0 answered before)" in told.stdout and "about $0.0" in told.stdout, told.stderr[-2000:]
+    assert Model.asked == 0
+    Model.pause = 0.2
+    process = subprocess.Popen([*CLI, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.time() + 60
+    while Model.asked < 5 and time.time() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before, Model.pause = Model.asked, 0.0
+    done = cli(*words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "scores.json").read_text())
+    n = len(result["scores"])
+    assert n >= 3 and 2 * n <= Model.asked <= 2 * n + 1  # the one in flight may have been asked twice
+    assert before >= 5 and result["provenance"]["config"]["method"] == "detection" and all(s["explanation"] == "some token" for s in result["scores"])
+    total = Model.asked
+    assert cli(*words).returncode == 0 and Model.asked == total
+    server.shutdown()

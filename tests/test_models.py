@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from e2e_sae_nb.architectures import make_saes
 from e2e_sae_nb.core import UserError, data_path
 from e2e_sae_nb.layouts import LAYOUTS
 from e2e_sae_nb.models import load_subject, native_subject, open_bridge, tiny_model
-from e2e_sae_nb.sae import SAE, SAEConfig, make_saes
+from e2e_sae_nb.sae import SAE, SAEConfig
 from e2e_sae_nb.splicing import check_replay, edit, original_pass, reconstruction, replay, replay_start, splice
 
 ARCHITECTURES = sorted(set(LAYOUTS) - {"gemma3", "native"})  # gemma3 is the multimodal wrapper of gemma3_text

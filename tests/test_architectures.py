@@ -1,0 +1,113 @@
+"""Every architecture with every loss: trained on a tiny model, saved, taken up again, evaluated. The table is the parametrisation."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from e2e_sae_nb import RunConfig, evaluate, load_run, train
+from e2e_sae_nb.architectures import ARCHITECTURES
+from e2e_sae_nb.checkpoint import latest_checkpoint
+from e2e_sae_nb.core import UserError, read_json, write_json
+from e2e_sae_nb.models import tiny_subject
+from e2e_sae_nb.state import begin, resume, save
+from e2e_sae_nb.training import train_step
+
+PLACE, LATER = "blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"
+LOSSES = {
+    "local": {"out_to_in": {"coeff": 1.0}},
+    "e2e": {"logits_kl": {"coeff": 1.0}},
+    "e2e+ds": {"logits_kl": {"coeff": 0.5}, "in_to_orig": {"hook_positions": [LATER], "total_coeff": 1.0}},
+    "mixed": {"logits_kl": {"coeff": 0.5}, "out_to_orig": {"coeff": 0.5}},
+}
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return tiny_subject("gpt2")
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    rng, path = random.Random(0), tmp_path_factory.mktemp("data") / "tokens.jsonl"
+    path.write_text("\n".join(json.dumps({"input_ids": [rng.randrange(37) for _ in range(8)]}) for _ in range(2000)))
+    return path
+
+
+def config(architecture, kind, tokens, folder=None, **changes):
+    k = {"k": 4, "dead_after": 400} if "topk" in architecture or architecture == "matryoshka" else {}
+    return RunConfig.from_dict({
+        "tlens_model_name": "tiny", "lr": 3e-3, "batch_size": 4, "n_samples": 240, "seed": 1, "save_dir": folder, "eval_n_samples": 40,
+        "loss": {"sparsity": {"coeff": 0.0 if k else 0.05}, **LOSSES[kind]}, "log_every_n_grad_steps": 1,
+        "saes": {"sae_positions": PLACE, "dict_size_to_input_ratio": 16, "architecture": architecture, **k},
+        "train_data": {"dataset_name": str(tokens), "n_ctx": 8, "tokenizer_name": None, "is_tokenized": True, "seed": 0, "column_name": "input_ids"}} | changes)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_trains(architecture, loss, subject, tokens, tmp_path):
+    run = train(config(architecture, loss, tokens, tmp_path), subject=subject)
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    key = next(k for k in lines[0] if k.startswith("loss/") and k.split("/")[1] in ("out_to_in", "logits_kl"))
+    course = [line[key] for line in lines if key in line]
+    assert sum(course[-10:]) < 0.9 * sum(course[:10]), course
+    again = load_run(run.path)
+    x = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    assert type(again.saes[PLACE]) is ARCHITECTURES[architecture]
+    assert torch.equal(again.saes[PLACE](x).output, run.saes[PLACE](x).output)
+    assert evaluate(again, subject=subject).kl == pytest.approx(run.summary["kl"], rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka", "jumprelu", "gated"])
+def test_resumes_to_the_bit(architecture, subject, tokens, tmp_path):
+    "Counters, thresholds and drawn prefixes are part of the checkpoint."
+    whole, cut = (begin(config(architecture, "e2e", tokens, tmp_path / name), subject) for name in ("whole", "cut"))
+    for _ in range(12):
+        train_step(whole)
+    for _ in range(5):
+        train_step(cut)
+    save(cut)
+    cut = resume(cut.folder, subject)
+    for _ in range(7):
+        train_step(cut)
+    for (name, p), (_, q) in zip(whole.saes[PLACE].state_dict().items(), cut.saes[PLACE].state_dict().items(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_sparse_and_dense_ways_agree(subject, tokens):
+    "In float64, after some steps, for every architecture."
+    for architecture in ARCHITECTURES:
+        weights = []
+        for sparse in (True, False):
+            t = begin(config(architecture, "e2e", tokens, sparse_step=sparse), subject)
+            for sae in t.saes.values():
+                sae.b_enc.data -= 0.5
+            for _ in range(10):
+                train_step(t)
+            weights.append(t.saes[PLACE].W_enc.detach())
+        assert torch.allclose(*weights, atol=1e-4), (architecture, (weights[0] - weights[1]).abs().max())
+
+
+def test_a_target_is_kept_through_a_resume(subject, tokens, tmp_path):
+    loss = {"sparsity": {"coeff": 0.05, "target_l0": 20, "p_end": 0.7}, **LOSSES["e2e"]}
+    t = begin(config("relu", "e2e", tokens, tmp_path, loss=loss), subject)
+    for _ in range(5):
+        train_step(t)
+    save(t)
+    again = resume(t.folder, subject)
+    assert again.control == t.control and t.control.scale != 1.0 and t.control.p < 1.0
+
+
+def test_a_checkpoint_of_another_kind_is_refused(subject, tokens, tmp_path):
+    run = train(config("topk", "local", tokens, tmp_path, n_samples=8), subject=subject)
+    path = latest_checkpoint(run.path) / "cfg.json"
+    cfg = read_json(path)
+    cfg["positions"][PLACE] |= {"architecture": "relu", "options": {}}
+    write_json(path, cfg)
+    with pytest.raises(UserError, match="does not hold a relu SAE: nothing missing, silent too much"):
+        load_run(run.path)
+    cfg["positions"][PLACE]["architecture"] = "octopus"
+    write_json(path, cfg)
+    with pytest.raises(UserError, match="unknown architecture 'octopus'"):
+        load_run(run.path)
