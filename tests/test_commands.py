@@ -232,3 +232,31 @@ def test_autointerp_goes_on_after_a_kill(place, tmp_path):
     total = Model.asked
     assert cli(*words).returncode == 0 and Model.asked == total
     server.shutdown()
+
+
+def test_out_and_back_and_onwards(place, tmp_path):
+    "A trained run is written for SAELens, read back as a run, evaluated to the same figures, and fine-tuned."
+    run = cli("train", CONFIGS[0], *local(place, wandb_project="null", lr=1e-2), "--set", f"save_dir={tmp_path / 'runs'}")
+    assert run.returncode == 0, run.stderr[-2000:]
+    folder = next((tmp_path / "runs").iterdir())
+    out = cli("export", folder, "--out", tmp_path / "theirs")
+    assert out.returncode == 0, out.stderr[-2000:]
+    cfg = json.loads((tmp_path / "theirs" / "blocks.6.hook_resid_pre" / "cfg.json").read_text())
+    assert cfg["architecture"] == "standard" and cfg["metadata"]["hook_name"] == "blocks.6.hook_resid_pre"
+    settings = local(place)
+    wanted = [w for pair in zip(settings[::2], settings[1::2], strict=True) for w in pair
+              if not pair[1].startswith(("saes.", "n_samples", "warmup", "eval_every", "act_freq", "train_data.dataset_name"))]
+    back = cli("import", tmp_path / "theirs", "--out", tmp_path / "back", "--dataset", place / "tokens.jsonl", *wanted,
+               "--set", "train_data.is_tokenized=true", "--set", "eval_data.is_tokenized=true")
+    assert back.returncode == 0, back.stderr[-2000:]
+    for path in (folder, tmp_path / "back"):
+        assert cli("evaluate", path).returncode == 0
+    there, here = (json.loads((path / "evaluation.json").read_text())["evaluation"] for path in (folder, tmp_path / "back"))
+    assert here["kl"] == pytest.approx(there["kl"], rel=1e-4) and here["positions"] != {}
+    tuned = cli("finetune", folder, "--n-samples", "64", "--lr", "1e-3")
+    assert tuned.returncode == 0, tuned.stderr[-2000:]
+    made = load_run(next(path for path in (tmp_path / "runs").iterdir() if path.name.endswith("_finetuned")))
+    assert run_type(made.config.loss) == "mixed" and made.config.loss.sparsity.target_l0 == load_run(folder).summary["positions"]["blocks.6.hook_resid_pre"]["l0"]
+    again = cli("import", tmp_path / "theirs", "--out", tmp_path / "back", "--dataset", "docstrings")
+    assert again.returncode == 2 and "exists; give a new folder" in again.stderr and "Traceback" not in again.stderr
+    assert cli("export", folder, "--format", "gguf").returncode == 2

@@ -1,0 +1,104 @@
+"""Against the real sae-lens: in its own environment (make test-full), and a stored sample of what it computed (make test).
+
+`python tests/test_peers.py PYTHON` renews the sample with an interpreter that has sae-lens.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from e2e_sae_nb.architectures import ARCHITECTURES, BatchTopK, Gated, TopK
+from e2e_sae_nb.core import write_json
+from e2e_sae_nb.saelens import load_saelens, to_saelens
+
+HERE = Path(__file__).resolve().parent
+SAMPLE = HERE / "golden" / "saelens"
+PLACE = "blocks.1.hook_resid_pre"
+
+
+def made(name):
+    "One of our SAEs, with every number that matters away from its default."
+    g = torch.Generator().manual_seed(5)
+    sae = ARCHITECTURES[name](12, 40, seed=3, **({"k": 4} if issubclass(ARCHITECTURES[name], TopK) else {})).eval()
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.linspace(0.5, 2, 40)[:, None])
+        sae.input_scale.fill_(0.5)
+        if isinstance(sae, BatchTopK):
+            sae.cut.fill_(0.2)
+        if isinstance(sae, Gated):
+            sae.r_mag.normal_(0, 0.3, generator=g)
+            sae.b_mag.normal_(0, 0.3, generator=g)
+        if name == "jumprelu":
+            sae.log_threshold.normal_(-1, 0.5, generator=g)
+    return sae
+
+
+def prepare(folder: Path) -> None:
+    "Inputs, and our SAEs in sae-lens' format."
+    for name in ARCHITECTURES:
+        cfg, weights = to_saelens(made(name), PLACE, model_name="tiny")
+        target = folder / "ours" / name / PLACE
+        target.mkdir(parents=True, exist_ok=True)
+        save_file(weights, target / "sae_weights.safetensors")
+        write_json(target / "cfg.json", cfg)
+    save_file({"x": torch.randn(30, 12, generator=torch.Generator().manual_seed(0))}, folder / "x.safetensors")
+
+
+def check(folder: Path) -> float:
+    "The largest difference, relative to the largest value."
+    x, outputs, worst = load_file(folder / "x.safetensors")["x"], load_file(folder / "outputs.safetensors"), 0.0
+    names = {key.rpartition(".")[0] for key in outputs}
+    assert names == {f"ours/{n}" for n in ARCHITECTURES} | {f"theirs/{n}" for n in ("standard_0", "standard_1", "topk_2", "jumprelu_1", "gated_1")}
+    for name in sorted(names):
+        side, _, kind = name.partition("/")
+        sae = made(kind) if side == "ours" else load_saelens(folder / name)[PLACE]
+        with torch.no_grad():
+            code, output = sae.encode(x), sae(x).output
+        theirs = outputs[f"{name}.code"]
+        if side == "ours":
+            code = code / sae.input_scale  # folded away at export
+        else:
+            code = code / load_file(folder / name / "sae_weights.safetensors")["W_dec"].norm(dim=-1)  # our codes are in units of unit rows
+            if kind.startswith("topk"):
+                theirs = theirs / load_file(folder / name / "sae_weights.safetensors")["W_dec"].norm(dim=-1)
+        assert (theirs > 0).any()
+        for a, b in ((code, theirs), (output, outputs[f"{name}.output"])):
+            worst = max(worst, float((a - b).abs().max() / b.abs().max()))
+    return worst
+
+
+def theirs(python: str, folder: Path) -> None:
+    done = subprocess.run([python, str(HERE / "peers" / "saelens_side.py"), str(folder)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_stored_sample():
+    "What the real package computed, for SAEs of ours and of its own."
+    assert check(SAMPLE) < 1e-6
+    with safe_open(SAMPLE / "outputs.safetensors", "pt") as file:
+        assert file.metadata()["sae-lens"] >= "6"
+
+
+@pytest.mark.full
+def test_real_package(tmp_path):
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    install = [python, "-m", "pip", "install", "-q", f"torch=={torch.__version__.partition('+')[0]}", "sae-lens"]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    prepare(tmp_path)
+    theirs(str(python), tmp_path)
+    assert check(tmp_path) < 1e-6
+
+
+if __name__ == "__main__":
+    shutil.rmtree(SAMPLE, ignore_errors=True)
+    prepare(SAMPLE)
+    theirs(sys.argv[1], SAMPLE)
+    print(f"largest relative difference {check(SAMPLE):.1e}")
