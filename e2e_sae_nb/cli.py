@@ -163,7 +163,7 @@ def finetune(
     print_run(run.summary)
     print(run.path)
 
-# %% ../nbs/90_cli.ipynb #2ec88b09
+# %% ../nbs/90_cli.ipynb #162cfd19
 @app.command()
 def export(
     run_dir: Annotated[Path, typer.Argument(help="A run folder.")],
@@ -183,16 +183,23 @@ def export(
 
 @app.command("import")
 def import_(
-    path: Annotated[Path, typer.Argument(help="A folder in SAELens' format, or of such folders.")],
+    path: Annotated[Path, typer.Argument(help="A folder in SAELens' format (or of such folders), or a run of e2e_sae (final_config.yaml and .pt files).")],
     out: Annotated[Path, typer.Option(help="The run folder to make.")],
-    dataset: Annotated[str, typer.Option(help="Text for evaluation and fine-tuning: docstrings, a file, folder, glob or Hub name.")],
+    dataset: Annotated[str | None, typer.Option(help="Text for evaluation and fine-tuning: docstrings, a file, folder, glob or Hub name.")] = None,
     set_: Overrides = None,
 ) -> None:
     "Make a run folder of other people's SAEs, for evaluate, finetune and features."
     from e2e_sae_nb.config import apply_overrides
-    from e2e_sae_nb.saelens import import_saelens
+    from e2e_sae_nb.core import UserError
+    from e2e_sae_nb.saelens import import_e2e_sae, import_saelens
 
-    print(import_saelens(path, out, apply_overrides({"train_data": {"dataset_name": dataset, "n_ctx": 256}}, set_ or ())))
+    if (path / "final_config.yaml").is_file():
+        text = [] if dataset is None else [f"{side}.dataset_name={dataset}" for side in ("train_data", "eval_data")]
+        print(import_e2e_sae(path, out, [*text, *(set_ or ())]))
+    elif dataset is None:
+        raise UserError("SAELens' files name no text that could be evaluated on; give --dataset")
+    else:
+        print(import_saelens(path, out, apply_overrides({"train_data": {"dataset_name": dataset, "n_ctx": 256}}, set_ or ())))
 
 # %% ../nbs/90_cli.ipynb #359ddd9c
 @app.command()

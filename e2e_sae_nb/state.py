@@ -26,6 +26,7 @@ from .config import to_dict
 from .core import UserError, config_hash, read_json
 from .data import TokenStream, check_stream, keep_mask, open_stream, special_token_ids
 from .documents import Role
+from .e2e_sae_files import load_pretrained
 from .losses import Plan, dense_forward, make_plan, run_type
 from .metrics import fired
 from .models import Subject, find_point, load_subject, resolve_points
@@ -173,7 +174,7 @@ def initial_saes(config: RunConfig, subject: Subject, names: list[str]) -> dict[
     "New SAEs, then pretrained ones over them (later files win; frozen unless retrain_saes), then the input scale."
     dtype = torch.promote_types(subject.dtype, torch.float32)  # 16-bit subjects keep 32-bit SAEs
     saes = make_saes({name: find_point(subject, name).width for name in names}, config.saes, seed=config.seed, dtype=dtype)
-    loaded = {n: s for path in config.saes.pretrained_sae_paths or () for n, s in load_saes(path, dtype=dtype).items() if n in saes}
+    loaded = {n: s for path in config.saes.pretrained_sae_paths or () for n, s in load_pretrained(path, dtype).items() if n in saes}
     saes |= {name: sae.requires_grad_(config.saes.retrain_saes).train(config.saes.retrain_saes) for name, sae in loaded.items()}
     if not trainable(saes.values()):
         raise UserError("every SAE comes from pretrained_sae_paths and retrain_saes is false, so there is nothing to train")

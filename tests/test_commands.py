@@ -260,3 +260,23 @@ def test_out_and_back_and_onwards(place, tmp_path):
     again = cli("import", tmp_path / "theirs", "--out", tmp_path / "back", "--dataset", "docstrings")
     assert again.returncode == 2 and "exists; give a new folder" in again.stderr and "Traceback" not in again.stderr
     assert cli("export", folder, "--format", "gguf").returncode == 2
+
+
+def test_a_run_of_the_reference_library(place, tmp_path):
+    "final_config.yaml and a .pt file become a run that evaluates on the processed network."
+    values = yaml.safe_load(CONFIGS[1].read_text())
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "final_config.yaml").write_text(yaml.safe_dump(values))
+    weights = {"encoder.0.weight": (32, 8), "encoder.0.bias": (32,), "decoder.weight": (8, 32), "decoder.bias": (8,)}
+    g = torch.Generator().manual_seed(0)
+    torch.save({f"blocks-6-hook_resid_pre.{name}": torch.randn(shape, generator=g) for name, shape in weights.items()}, theirs / "samples_400.pt")
+    done = cli("import", theirs, "--out", tmp_path / "run", *local(place, wandb_project="null"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = load_run(tmp_path / "run")
+    assert run.config.processed_weights and run_type(run.config.loss) == "e2e+ds" and run.saes["blocks.6.hook_resid_pre"].d_sae == 32
+    assert (tmp_path / "run" / "checkpoints" / "samples_400").is_dir()
+    evaluated = cli("evaluate", tmp_path / "run")
+    assert evaluated.returncode == 0, evaluated.stderr[-2000:]
+    refused = cli("import", tmp_path / "run" / "checkpoints", "--out", tmp_path / "no")
+    assert refused.returncode == 2 and "give --dataset" in refused.stderr
