@@ -46,7 +46,7 @@ class TopK(SAE):
         dead = (self.silent > self.dead_after).nonzero()[:, 0]
         if not len(dead):
             return None
-        error = ((x - output).detach().to(self.W_enc.dtype) * self.input_scale)
+        error = (x - output).detach().to(self.W_enc.dtype) * self.input_scale
         pre = torch.relu(x.to(self.W_enc.dtype) * self.input_scale @ self.W_enc[:, dead] + self.b_enc[dead])
         top = pre.topk(min(len(dead), max(1, self.d_in // 2)), dim=-1)
         revived = torch.zeros_like(pre).scatter(-1, top.indices, top.values) @ F.normalize(self.W_dec[dead], dim=-1)
@@ -235,7 +235,7 @@ def _(sae: BatchTopK, x: Tensor, limit: float = 0.05, screen: bool | None = None
 @find_active.register
 @torch.no_grad()
 def _(sae: JumpReLU, x: Tensor, limit: float = 0.05, screen: bool | None = None) -> Active | None:
-    start = (sae.threshold - (sae.bandwidth / 2 if sae.training else 0.0))
+    start = sae.threshold - (sae.bandwidth / 2 if sae.training else 0.0)
     found = find_positive(sae.W_enc.T, sae.b_enc - start, x, limit, screen)
     return None if found is None else Active(found.token, found.latent, found.values + start[found.latent])
 

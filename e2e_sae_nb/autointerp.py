@@ -11,7 +11,7 @@ __all__ = ['METHODS', 'Passage', 'Case', 'make_case', 'cases_of', 'explain_quest
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def make_case(
     seed: int = 0,
 ) -> Case | None:  # None: it fires in too few sequences
     "Choose a latent's passages."
-    where, value = found.of(latent)
+    where, _ = found.of(latent)
     length, half = found.tokens.shape[1], test // 2
     strongest = found.top(latent, explain + half)
     if len(strongest) < explain + half // 2 + 1:
@@ -70,7 +70,7 @@ def make_case(
     firing = strongest[explain : explain + half // 2]
     firing += weak[: half - len(firing)]
     firing += strongest[explain + half // 2 :][: half - len(firing)]
-    cut = lambda t: _passage(found, latent, t, decode, width, where, value)
+    cut = lambda t: _passage(found, latent, t, decode, width)
     silent: list[Passage] = []
     for t in rng.integers(0, found.tokens.size, 50 * test).tolist():
         if len(silent) == test - half:
@@ -85,14 +85,12 @@ def make_case(
     return Case(latent, tuple(cut(t) for t in strongest[:explain]), tuple(tests[i] for i in order))
 
 # %% ../nbs/48_autointerp.ipynb #8e1a8d18
-def _passage(found: Firings, latent: int, token: int, decode: Callable[[int], str], width: int, where: np.ndarray, value: np.ndarray) -> Passage:
+def _passage(found: Firings, latent: int, token: int, decode: Callable[[int], str], width: int) -> Passage:
     length = found.tokens.shape[1]
     sequence, pos = divmod(token, length)
     low = min(max(0, pos - 2 * width // 3), max(0, length - width))
     high = min(length, low + width)
-    part = slice(*np.searchsorted(where, [sequence * length + low, sequence * length + high]))
-    values = np.zeros(high - low)
-    values[where[part] - sequence * length - low] = value[part]
+    values = found.within(latent, sequence * length + low, sequence * length + high)
     return Passage(tuple(decode(int(t)) for t in found.tokens[sequence, low:high]), tuple(float(v) for v in values))
 
 # %% ../nbs/48_autointerp.ipynb #ad7e49ba
@@ -209,7 +207,6 @@ class Interpretation:
     explainer: str
     scorer: str
     scores: list[LatentScore]
-    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:

@@ -130,7 +130,7 @@ async def _ask_all(endpoint: Endpoint, left: dict[str, Question], answers: Answe
     async def one(key: str, question: Question) -> None:
         async with gate:
             reply = await client.chat.completions.create(model=endpoint.model, **question.payload)
-        answers.put(key, question, reply.choices[0].message.content or "")
+            answers.put(key, question, reply.choices[0].message.content or "")
         bar.update(1)
 
     tasks = [asyncio.create_task(one(key, question)) for key, question in left.items()]

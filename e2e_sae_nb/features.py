@@ -43,6 +43,13 @@ class Firings:
         part = slice(self._starts[latent], self._starts[latent + 1])
         return self.token[part], self.value[part]
 
+    def within(self, latent: int, start: int, stop: int) -> np.ndarray:
+        "A latent's value on each token of a range of token indices; zero where it is silent."
+        token, value = self.of(latent)
+        part, dense = slice(*np.searchsorted(token, [start, stop])), np.zeros(stop - start)
+        dense[token[part] - start] = value[part]
+        return dense
+
     def top(self, latent: int, k: int) -> list[int]:
         "Token indices of its strongest firings, at most one per sequence, strongest first."
         token, value = self.of(latent)
@@ -218,8 +225,5 @@ def _context(found: Firings, latent: int, token: int, around: int) -> Mapping[st
     width = found.tokens.shape[1]
     sequence, pos = divmod(token, width)
     low, high = max(0, pos - around), min(width, pos + around + 1)
-    where, value = found.of(latent)
-    part = slice(*np.searchsorted(where, [sequence * width + low, sequence * width + high]))
-    activation = np.zeros(high - low)
-    activation[where[part] - sequence * width - low] = value[part]
+    activation = found.within(latent, sequence * width + low, sequence * width + high)
     return {"tokens": found.tokens[sequence, low:high].tolist(), "at": pos - low, "activation": [round(float(a), 3) for a in activation]}

@@ -119,10 +119,11 @@ def check_run_config(c: RunConfig) -> None:
         raise UserError(f"lr must be a positive number, got {c.lr}")
     if c.effective_batch_size is not None and c.effective_batch_size % c.batch_size:
         raise UserError(f"effective_batch_size ({c.effective_batch_size}) must be a multiple of batch_size ({c.batch_size})")
-    if c.lr_schedule == "cosine" and c.n_samples is None:
-        raise UserError("lr_schedule: cosine needs n_samples, since it has to know where it ends")
-    if c.cooldown_samples and c.n_samples is None:
-        raise UserError("cooldown_samples needs n_samples, since it has to know where it ends")
+    if c.saes.architecture in ("jumprelu", "gated") and (c.loss.sparsity.p_end is not None or c.loss.sparsity.p_norm != 1):
+        raise UserError(f"loss.sparsity.p_norm and p_end shape a norm of the code, but {c.saes.architecture} SAEs bring a penalty of their own; leave them out")
+    for key, given in (("lr_schedule: cosine", c.lr_schedule == "cosine"), ("cooldown_samples", c.cooldown_samples), ("p_end", c.loss.sparsity.p_end)):
+        if given and c.n_samples is None:
+            raise UserError(f"{key} needs n_samples, since it has to know where it ends")
     if c.n_samples is not None and c.warmup_samples + c.cooldown_samples > c.n_samples:
         raise UserError(f"warmup_samples + cooldown_samples ({c.warmup_samples + c.cooldown_samples}) exceed n_samples ({c.n_samples})")
 

@@ -156,7 +156,8 @@ def import_saelens(
     if Path(out).exists():
         raise UserError(f"{out} exists; give a new folder for the imported SAEs")
     sae = next(iter(saes.values()))
-    name = next((m.get("model_name") for m in (read_json(p).get("metadata") or read_json(p) for p in sorted(Path(folder).glob("**/cfg.json")))), None)
+    cfg = read_json(next(iter(sorted(Path(folder).glob("**/cfg.json")))))
+    name = (cfg.get("metadata") or cfg).get("model_name")
     known = {} if name is None or "tlens_model_path" in values else {"tlens_model_name": name}
     described = {"sae_positions": list(saes), "dict_size_to_input_ratio": sae.d_sae / sae.d_in, "architecture": sae.architecture,
                  **{key: value for key, value in sae.options().items() if key in ("k", "bandwidth")}}
