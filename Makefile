@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help demo test test-full test-gpu lint check lab docs bench clean
+.PHONY: help demo test test-full test-gpu faults lint check lab docs bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -47,6 +47,9 @@ test-full: lint check  ## also what needs a browser, other packages or minutes
 
 test-gpu: $(STAMP)  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+faults: $(STAMP)  ## 200 kills at random moments, resumed and compared bit for bit (data/results/faults.json)
+	OMP_NUM_THREADS=1 E2E_SAE_PROGRESS=0 $(BIN)/python tests/faults.py $(ARGS)
 
 clean:  ## remove builds and caches, keep the environment and out/
 	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

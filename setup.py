@@ -19,6 +19,7 @@ class BuildWithModel(build_py):
     "The embedded language model lies in data/, where people look for it, and travels inside the package."
 
     model = Path("data") / "docstrings-lm"
+    figures = Path("data") / "paper.json"  # what the paper reports, for tables that compare
 
     def run(self):
         if self.editable_mode:  # an editable install reads the checkout's data/
@@ -31,11 +32,12 @@ class BuildWithModel(build_py):
             shutil.rmtree(package, ignore_errors=True)  # modules renamed since the last build would travel along
         super().run()
         shutil.copytree(HERE / self.model, package / "_data" / self.model.name, dirs_exist_ok=True)
+        shutil.copy(HERE / self.figures, package / "_data" / self.figures.name)
 
     def get_source_files(self):
         "What a source distribution needs to build the same wheel."
         model = (str(self.model / path.name) for path in sorted((HERE / self.model).glob("*")) if path.is_file())
-        return [*super().get_source_files(), "settings.ini", *model]
+        return [*super().get_source_files(), "settings.ini", str(self.figures), *model]
 
 
 setup(

@@ -15,7 +15,8 @@ import numpy as np
 
 from e2e_sae_nb.core import Stopwatch, provenance, read_json, write_json
 from e2e_sae_nb.demonstration import DEMO
-from e2e_sae_nb.frontiers import TYPES, FrontierConfig, frontier
+from e2e_sae_nb.frontiers import frontier
+from e2e_sae_nb.members import TYPES, FrontierConfig
 from e2e_sae_nb.models import load_subject
 
 GRID = (3e-3, 1e-2, 3e-2)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from e2e_sae_nb.core import Stopwatch, provenance, read_json, write_json
 from e2e_sae_nb.demonstration import DEMO, summary_of
-from e2e_sae_nb.frontiers import FrontierConfig, frontier
+from e2e_sae_nb.frontiers import frontier
+from e2e_sae_nb.members import FrontierConfig
 from e2e_sae_nb.models import load_subject
 
 LENGTHS = (500, 1000, 4000)  # training samples of 256 tokens; warm-up keeps its share

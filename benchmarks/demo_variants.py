@@ -10,7 +10,8 @@ from pathlib import Path
 
 from e2e_sae_nb.core import Stopwatch, provenance, read_json, write_json
 from e2e_sae_nb.demonstration import DEMO, summary_of
-from e2e_sae_nb.frontiers import FrontierConfig, frontier
+from e2e_sae_nb.frontiers import frontier
+from e2e_sae_nb.members import FrontierConfig
 from e2e_sae_nb.models import load_subject
 
 VARIANTS = ((3, 16), (1, 16), (4, 16), (3, 4), (3, 40))  # (block whose input is reconstructed, dictionary size over width)

@@ -14,8 +14,9 @@ import torch
 
 from e2e_sae_nb.core import Stopwatch, provenance, write_json
 from e2e_sae_nb.demonstration import DEMO
-from e2e_sae_nb.frontiers import FrontierConfig, frontier
+from e2e_sae_nb.frontiers import frontier
 from e2e_sae_nb.losses import e2e_loss, make_plan, objective, run_original
+from e2e_sae_nb.members import FrontierConfig
 from e2e_sae_nb.models import Subject, load_subject
 from e2e_sae_nb.sae import SAE
 from e2e_sae_nb.sparse_step import sparse_forward

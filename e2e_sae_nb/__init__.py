@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from e2e_sae_nb.core import UserError
     from e2e_sae_nb.demonstration import demo
     from e2e_sae_nb.evaluation import EvalResult
-    from e2e_sae_nb.frontiers import FrontierConfig, frontier
+    from e2e_sae_nb.frontiers import frontier
     from e2e_sae_nb.losses import LossConfig, e2e_ds_loss, e2e_loss, local_loss
+    from e2e_sae_nb.members import FrontierConfig
     from e2e_sae_nb.models import Subject, load_subject, open_bridge
     from e2e_sae_nb.runs import Run, RunConfig, load_run
     from e2e_sae_nb.sae import SAE, SAEConfig
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from e2e_sae_nb.training import evaluate, train
 
 _WHERE = {
-    "core": ["UserError"], "demonstration": ["demo"], "evaluation": ["EvalResult"], "frontiers": ["FrontierConfig", "frontier"],
+    "core": ["UserError"], "demonstration": ["demo"], "evaluation": ["EvalResult"], "frontiers": ["frontier"], "members": ["FrontierConfig"],
     "losses": ["LossConfig", "e2e_ds_loss", "e2e_loss", "local_loss"], "models": ["Subject", "load_subject", "open_bridge"],
     "runs": ["Run", "RunConfig", "load_run"], "sae": ["SAE", "SAEConfig"], "splicing": ["splice"], "training": ["evaluate", "train"],
 }

@@ -35,18 +35,16 @@ class TopK(SAE):
         self.register_buffer("silent", torch.zeros(d_sae, dtype=torch.int64))
 
     def options(self) -> dict[str, Any]:
-        return {"k": self.k, "aux_coeff": self.aux_coeff, "dead_after": self.dead_after}
+        return super().options() | {"k": self.k, "aux_coeff": self.aux_coeff, "dead_after": self.dead_after}
 
     def select(self, pre: Float[Tensor, "*batch d_sae"]) -> Bool[Tensor, "*batch d_sae"]:
         return torch.zeros_like(pre, dtype=torch.bool).scatter(-1, pre.topk(self.k, dim=-1).indices, True)
 
-    def auxiliary(self, x: Tensor, output: Tensor, second: Tensor | None) -> Tensor | None:
-        if not (self.training and self.aux_coeff and torch.is_grad_enabled()):
-            return None
+    def auxiliary(self, x: Tensor, output: Tensor, second: Tensor | None, wanted: Tensor) -> Tensor | None:
         dead = (self.silent > self.dead_after).nonzero()[:, 0]
-        if not len(dead):
+        if not (self.training and self.aux_coeff and torch.is_grad_enabled() and len(dead)):
             return None
-        error = (x - output).detach().to(self.W_enc.dtype) * self.input_scale
+        error = (wanted - output).detach().to(self.W_enc.dtype) * self.input_scale
         pre = torch.relu(x.to(self.W_enc.dtype) * self.input_scale @ self.W_enc[:, dead] + self.b_enc[dead])
         top = pre.topk(min(len(dead), max(1, self.d_in // 2)), dim=-1)
         revived = torch.zeros_like(pre).scatter(-1, top.indices, top.values) @ F.normalize(self.W_dec[dead], dim=-1)
@@ -59,6 +57,9 @@ class TopK(SAE):
         tokens = torch.Size(c.batch).numel() if isinstance(c, SparseCode) else c[..., 0].numel()
         self.silent += tokens
         self.silent[fired > 0] = 0
+
+    def revive(self, latents: Tensor, code: Tensor) -> None:
+        self.silent[latents] = 0
 
 # %% ../nbs/06b_architectures.ipynb #789ea4f3
 class BatchTopK(TopK):
@@ -155,7 +156,7 @@ class JumpReLU(SAE):
         return self.log_threshold.exp()
 
     def options(self) -> dict[str, Any]:
-        return {"bandwidth": self.bandwidth}
+        return super().options() | {"bandwidth": self.bandwidth}
 
     def shape(self, pre: Tensor, latent: Int[Tensor, " pairs"] | None = None) -> Shaped:
         theta = self.threshold if latent is None else self.threshold[latent]
@@ -167,6 +168,9 @@ class JumpReLU(SAE):
     def scale_biases(self, factor: Tensor) -> None:
         super().scale_biases(factor)
         self.log_threshold.add_(factor.log())
+
+    def revive(self, latents: Tensor, code: Tensor) -> None:
+        self.log_threshold[latents] = (code / 2).clamp_min(1e-6).log()
 
 # %% ../nbs/06b_architectures.ipynb #553fd451
 class Gated(SAE):
@@ -185,13 +189,16 @@ class Gated(SAE):
         magnitude = torch.relu(r_mag.exp() * (pre - b_enc) + b_mag)
         return Shaped(torch.where(pre > 0, magnitude, 0.0), gate, gate if self.training else None)
 
-    def auxiliary(self, x: Tensor, output: Tensor, second: Tensor | None) -> Tensor | None:
-        return None if second is None else (second - x).square().mean(-1)
+    def auxiliary(self, x: Tensor, output: Tensor, second: Tensor | None, wanted: Tensor) -> Tensor | None:
+        return None if second is None else (second - wanted).square().mean(-1)
 
     @torch.no_grad()
     def scale_biases(self, factor: Tensor) -> None:
         super().scale_biases(factor)
         self.b_mag.mul_(factor)
+
+    def revive(self, latents: Tensor, code: Tensor) -> None:
+        self.r_mag[latents], self.b_mag[latents] = 0.0, self.b_enc[latents]
 
 # %% ../nbs/06b_architectures.ipynb #4fedeac7
 _TOKENS = 256  # whose pre-activations exist at a time
@@ -264,17 +271,19 @@ def new_sae(
 def make_saes(
     widths: Mapping[str, int],  # Hook name -> width of its activation
     config: SAEConfig,
+    reads: Mapping[str, tuple[str, int]] | None = None,  # Transcoders: hook name -> (hook name of the input, its width)
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, SAE]:  # Hook name -> SAE
     "One freshly initialised SAE per hook point; each has its own random numbers."
-    for name, width in widths.items():
-        if width < 1:
-            raise UserError(f"the width of {name} is not known from the architecture; run the module once and give it")
+    inputs: dict[str, tuple[str | None, int]] = {name: (reads or {}).get(name, (None, width)) for name, width in widths.items()}
+    for name, (source, d_in) in inputs.items():
+        if min(d_in, widths[name]) < 1:
+            raise UserError(f"the width of {name if widths[name] < 1 else source} is not known from the architecture; run the module once and give it")
     options = {key: getattr(config, key) for key in OPTIONS.get(config.architecture, ())}
-    return {name: new_sae(config.architecture, width, round(config.dict_size_to_input_ratio * width), seed=seed + i, dtype=dtype, **options)
-            for i, (name, width) in enumerate(widths.items())}
+    return {name: new_sae(config.architecture, d_in, round(config.dict_size_to_input_ratio * d_in), seed=seed + i, dtype=dtype,
+                          **({} if source is None else {"reads": source, "d_out": widths[name]}), **options) for i, (name, (source, d_in)) in enumerate(inputs.items())}
 
 # %% ../nbs/06b_architectures.ipynb #e0805aa9
 def trainable(saes: Iterable[nn.Module]) -> list[nn.Parameter]:

@@ -7,6 +7,7 @@ __all__ = ['app', 'demo', 'train', 'evaluate', 'frontier', 'bench', 'sweep', 'fi
 
 # %% ../nbs/90_cli.ipynb #5cd7477e
 import atexit
+import errno
 import os
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .exchange_commands import Overrides, export, import_
-from .understanding_commands import autointerp, features
+from .exchange_commands import Overrides, export, import_, pull, push
+from .understanding_commands import autointerp, features, generate
+from .data_commands import tokenize
 
 # %% ../nbs/90_cli.ipynb #c4f3fb17
 app = typer.Typer(name="e2e-sae", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -85,7 +87,7 @@ def frontier(
     "Train a whole Pareto frontier in one pass over the data."
     from e2e_sae_nb.config import apply_overrides, read_yaml
     from e2e_sae_nb.demonstration import demo as run_frontier
-    from e2e_sae_nb.frontiers import read_frontier
+    from e2e_sae_nb.members import read_frontier
 
     chosen = read_frontier(apply_overrides(read_yaml(config), set_ or ()), types, sparsity)
     folder = out or chosen.base.save_dir or Path("out/frontier")
@@ -166,7 +168,7 @@ def train_lm(
     print(out)
 
 # %% ../nbs/90_cli.ipynb #7d91d4ac
-for name, command in {"features": features, "autointerp": autointerp, "export": export, "import": import_}.items():
+for name, command in {"features": features, "autointerp": autointerp, "export": export, "import": import_, "push": push, "pull": pull, "generate": generate, "tokenize": tokenize}.items():
     app.command(name)(command)
 
 # %% ../nbs/90_cli.ipynb #e74c11ee
@@ -198,6 +200,8 @@ def main() -> None:
     except Exception as error:
         from e2e_sae_nb.core import UserError
 
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            error = UserError(f"cannot write {error.filename or 'a file'}: {error.strerror}; make room or choose another folder, then give the command again")
         if not isinstance(error, UserError):
             raise
         print(f"e2e-sae: {error}", file=sys.stderr)

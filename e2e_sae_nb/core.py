@@ -120,7 +120,7 @@ def read_json(
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); was it cut off or edited?") from None
 
 # %% ../nbs/00_core.ipynb #0fbf1779
@@ -196,7 +196,7 @@ def check_format(
     path: str | Path,  # For the message
 ) -> None:
     "Refuse a file of a format that this version does not know."
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise UserError(f"{path} has format_version {version!r}; this version of e2e_sae_nb reads up to {FORMAT_VERSION}: "
                         "upgrade e2e_sae_nb or write the file anew")
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from .config import to_dict
 from .core import Stopwatch, atomic_path, provenance, write_json
-from .frontiers import Frontier, FrontierConfig, frontier, row
+from .frontiers import Frontier, frontier, row
+from .members import FrontierConfig
 from .models import Subject, load_subject
 from .plotting import alt_text, new_axes, plot_frontier, save_figure
 from .ratios import bootstrap_ratio, ce_increase_ratio

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .core import UserError, nearest, show_progress
+from .remote import is_url, persistent, remote_examples
 
 # %% ../nbs/03a_documents.ipynb #cc9dc731
 Role = Literal["train", "eval"]
@@ -26,7 +27,7 @@ Role = Literal["train", "eval"]
 class DataConfig:
     "Where tokens come from (the `train_data` and `eval_data` sections of a run's configuration)."
 
-    dataset_name: str  # "docstrings" ("docstrings:networkx,numpy" for a part), a path or glob (.jsonl .json .parquet .csv .txt, save_to_disk folder), or a Hub name
+    dataset_name: str  # "docstrings" ("docstrings:networkx,numpy" for a part), a path or glob (.jsonl .json .parquet .csv .txt, save_to_disk folder, token shards), a URL, or a Hub name
     is_tokenized: bool = False  # rows already hold token ids
     tokenizer_name: str | None = None  # if it is not the subject's own
     streaming: bool = True  # read as needed, with a shuffle buffer; False: hold all tokens, with a full shuffle
@@ -37,12 +38,16 @@ class DataConfig:
     held_out_share: float = 0.02  # of documents, by content: evaluation sees only these, training never
     shuffle_buffer: int = 1000  # rows, when streaming
     add_bos: bool = False  # begin each row with the tokenizer's beginning-of-text token
+    workers: int = 2  # threads that fetch and tokenize ahead when streaming; 0: none. The order is the same
+    retry_seconds: float = 300.0  # how long a source that went away is asked for again
 
     def __post_init__(self):
         if self.n_ctx is not None and self.n_ctx < 2:
             raise UserError(f"n_ctx must be at least 2 (a token and its successor), got {self.n_ctx}")
         if not 0 <= self.held_out_share < 1:
             raise UserError(f"held_out_share is a share of documents, from 0 to below 1; got {self.held_out_share}")
+        if self.workers < 0 or not self.retry_seconds >= 0:
+            raise UserError(f"workers and retry_seconds must not be negative; got {self.workers} and {self.retry_seconds}")
 
     @property
     def column(self) -> str:
@@ -117,13 +122,15 @@ def local_files(
 def open_documents(
     config: DataConfig,
 ) -> Iterable[Any]:  # Examples, as `datasets` yields them: mappings from column to value
-    "Open a dataset, local or on the Hub."
+    "Open a dataset: local, on a server or on the Hub."
     import datasets
     from datasets import load_dataset, load_from_disk
 
     if not show_progress():
         datasets.disable_progress_bars()
     name, files = config.dataset_name, local_files(config.dataset_name)
+    if is_url(name):
+        return remote_examples(name, config.column, config.retry_seconds, config.workers)
     try:
         if (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             found = load_from_disk(name)
@@ -135,7 +142,8 @@ def open_documents(
             return load_dataset(BUILDERS[kinds.pop()], data_files=files, split="train", streaming=config.streaming)
         if Path(name).exists() or name.startswith((".", "/", "~")):
             raise UserError(f"{name} holds no data files ({', '.join(BUILDERS)})")
-        return load_dataset(name, split=config.split, streaming=config.streaming)
+        found = load_dataset(name, split=config.split, streaming=config.streaming)
+        return persistent(found, name, config.retry_seconds) if config.streaming else found
     except UserError:
         raise
     except Exception as error:  # datasets, fsspec, pyarrow and the Hub client raise some thirty kinds
@@ -143,7 +151,7 @@ def open_documents(
         raise UserError(f"cannot open the dataset {name!r}, split {config.split!r} ({reason}). Offline, give a local .jsonl, .parquet, "
                         ".csv or .txt file or a folder of them, or 'docstrings', the embedded corpus") from None
 
-
+# %% ../nbs/03a_documents.ipynb #1d8e079b
 def values_of(
     examples: Iterable[Any],  # Mappings from column to value
     config: DataConfig,

@@ -7,8 +7,7 @@ __all__ = ['CHUNK', 'PositionResult', 'EvalResult', 'compare_hidden', 'evaluate_
 
 # %% ../nbs/11_evaluate.ipynb #7da0ab90
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from .metrics import LogitComparison, MeanPerSequence, VarianceExplained, ce_rec
 from .models import Subject
 from .sae import SAE, SAEActs
 from .sparse_step import sparse_forward
-from .splicing import Replayed, original_pass, reconstruction, replay, replay_start
+from .splicing import Replayed, original_pass, places, replay, replay_start, sae_edits
+from .tables import facts_table, short
 
 # %% ../nbs/11_evaluate.ipynb #d5aa76b3
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class PositionResult:
     l0: float  # active latents per token
     alive: int  # latents that fired at least once on the evaluated tokens
     d_sae: int  # latents in all
-    mse: float  # squared error of the reconstruction against the SAE's input, mean over dimensions
+    mse: float  # squared error of the reconstruction against what it replaces, mean over dimensions
     explained_variance: float  # ratio of sums
     explained_variance_per_token_mean: float  # the reference's definition
     explained_variance_layer_normed: float  # ratio of sums, after a plain layer norm of both
 
-
+# %% ../nbs/11_evaluate.ipynb #ba6f9ef1
 @dataclass(frozen=True)
 class EvalResult:
     "What splicing SAEs into a network does to it. CE and KL in nats per token, on held-out tokens."
@@ -57,6 +57,13 @@ class EvalResult:
     def to_dict(self) -> dict[str, Any]:
         "Plain dict for JSON."
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("positions", "downstream", "ce_increase_per_sequence")}
+        for name, position in self.positions.items():
+            facts |= {f"{key} at {name}": value for key, value in asdict(position).items()}
+        facts |= {f"explained variance, MSE at {name}": f"{short(v['explained_variance'])}, {short(v['mse'])}" for name, v in self.downstream.items()}
+        return facts_table("evaluation on held-out tokens", facts)
 
 # %% ../nbs/11_evaluate.ipynb #4a451e7a
 CHUNK = 256  # tokens whose logits exist at a time
@@ -98,7 +105,7 @@ class _Tally:
     def add_sae(self, name: str, acts: SAEActs, keep: Keep) -> None:
         self.l0[name].add(l0(acts.c), keep)
         self.fired[name] += fired(counted(acts.c, keep)).cpu()
-        self.add_variance(name, acts.output, acts.input, keep)
+        self.add_variance(name, acts.output, acts.replaced, keep)
 
     def add_variance(self, name: str, predicted: Tensor, actual: Tensor, keep: Keep) -> None:
         pair = [x.flatten(0, 1) if keep is None else x[keep] for x in (predicted, actual)]
@@ -107,20 +114,19 @@ class _Tally:
 
 # %% ../nbs/11_evaluate.ipynb #8f120eac
 def _add_batch(subject: Subject, members: list[tuple[Mapping[str, SAE], list[str], _Tally]], tokens: Tensor, keep: Keep) -> None:
-    names = {name for saes, _, _ in members for name in saes}
+    names = {name for saes, _, _ in members for name in places(saes)}
     later = {name for _, points, _ in members for name in points}
     original = original_pass(subject, tokens, sorted(later), start=replay_start(subject, list(names)))
     assert original.hidden is not None
     spliced: list[tuple[Replayed, dict[str, SAEActs]]] = []
     for saes, points, _ in members:
         acts: dict[str, SAEActs] = {}
-        edits = {name: reconstruction(partial(sparse_forward, sae), keep, False, lambda a, name=name, acts=acts: acts.__setitem__(name, a)) for name, sae in saes.items()}
-        spliced.append((replay(subject, original, edits, points), acts))
-    places = list(dict.fromkeys(tuple(saes) for saes, _, _ in members))  # sets of places; members at the same places share the ablation
+        spliced.append((replay(subject, original, sae_edits(saes, sparse_forward, keep, record=acts.__setitem__), points), acts))
+    sites = list(dict.fromkeys(tuple(saes) for saes, _, _ in members))  # sets of places; members at the same places share the ablation
     erase = lambda x: torch.zeros_like(x) if keep is None else x.masked_fill(keep.unsqueeze(-1), 0.0)
-    ablated = [replay(subject, original, dict.fromkeys(place, erase)).hidden for place in places]
+    ablated = [replay(subject, original, dict.fromkeys(place, erase)).hidden for place in sites]
     compared = compare_hidden(subject, original.hidden, [new.hidden for new, _ in spliced] + ablated, tokens)
-    zero_ce = {place: c.ce_new for place, c in zip(places, compared[len(members) :], strict=True)}
+    zero_ce = {place: c.ce_new for place, c in zip(sites, compared[len(members) :], strict=True)}
     for (saes, points, tally), (new, acts), comparison in zip(members, spliced, compared, strict=False):
         tally.add_output(comparison, zero_ce[tuple(saes)], keep)
         tally.tokens += tokens.numel() if keep is None else int(keep.sum())

@@ -17,11 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .core import progress
-from .losses import kl_orig_to_new
+from .losses import dense_forward, kl_orig_to_new
 from .models import Subject
-from .sae import SAE
+from .sae import SAE, SAEActs
 from .sparse_step import SparseCode, sparse_forward
-from .splicing import original_pass, reconstruction, replay, replay_start
+from .splicing import original_pass, places, replay, replay_start, sae_edits
 
 # %% ../nbs/45_features.ipynb #70024107
 @dataclass
@@ -68,7 +68,7 @@ def firings(
     "Run an SAE on text (on the original network's activations)."
     parts, kept, done = [], [], 0
     for tokens in batches:
-        x = original_pass(subject, tokens.to(subject.device), [place], stop=True).activations[place]
+        x = original_pass(subject, tokens.to(subject.device), [sae.reads or place], stop=True).activations[sae.reads or place]
         pairs = _pairs(sparse_forward(sae, x.to(sae.W_enc.dtype)).c)
         latent, token, value = pairs.latent.cpu().numpy(), pairs.token.cpu().numpy(), pairs.values.cpu().numpy()
         parts.append((latent, token + done, value))
@@ -134,15 +134,15 @@ def ablation_effects(
 # %% ../nbs/45_features.ipynb #561652d4
 def _ablate(subject: Subject, place: str, sae: SAE, tokens: Tensor, last: Tensor, latent: Tensor, k: int) -> list[dict[str, Any]]:
     each, rows = torch.arange(len(tokens), device=tokens.device), sae.dictionary[latent]
-    original = original_pass(subject, tokens, start=replay_start(subject, [place]))
+    original = original_pass(subject, tokens, start=replay_start(subject, places({place: sae})))
 
-    def without(x: Tensor) -> Tensor:
-        acts = sae(x)
+    def without(sae: SAE, *x: Tensor) -> SAEActs:
+        acts = sae(*x)
         output = acts.output.clone()
         output[each, last] -= acts.c[each, last, latent, None] * rows / sae.input_scale
-        return output
+        return acts._replace(output=output)
 
-    logits = [subject.logits(replay(subject, original, {place: edit}).hidden[each, last]).float() for edit in (reconstruction(sae, None, False), without)]
+    logits = [subject.logits(replay(subject, original, sae_edits({place: sae}, forward)).hidden[each, last]).float() for forward in (dense_forward, without)]
     change = logits[0].log_softmax(-1) - logits[1].log_softmax(-1)
     values, top = change.topk(min(k, change.shape[-1]), dim=-1)
     return [{"kl": kl, "up": list(zip(t, v, strict=True))} for kl, t, v in zip(kl_orig_to_new(*logits).tolist(), top.tolist(), values.tolist(), strict=True)]

@@ -99,11 +99,12 @@ def transformer_points(
             ("hook_resid_pre", here, "in", d_model),
             ("attn.hook_z", f"{here}.{layout.z}", "in", _fan_in(z)),
             ("hook_attn_out", f"{here}.{layout.attn_out}", "out", d_model),
+            ("mlp.hook_in", f"{here}.{layout.post.rpartition('.')[0]}", "in", d_model),  # after the layer norm
             ("mlp.hook_post", f"{here}.{layout.post}", "in", _fan_in(post)),
             ("hook_mlp_out", f"{here}.{layout.mlp_out}", "out", d_model)]
         found += [Point(f"blocks.{i}.{name}", path, side, (i, k), width) for k, (name, path, side, width) in enumerate(stages)]
         if not getattr(getattr(model, "config", None), "use_parallel_residual", False):  # GPT-NeoX adds both at once
-            found.insert(-2, Point(f"blocks.{i}.hook_resid_mid", f"{here}.{layout.attn_out}", "out", (i, 2), d_model, base=here))
+            found.insert(-3, Point(f"blocks.{i}.hook_resid_mid", f"{here}.{layout.attn_out}", "out", (i, 2), d_model, base=here))
         found.append(Point(f"blocks.{i}.hook_resid_post", after, "in", (i + 1, -1), d_model))
     return {point.name: point for point in found}
 

@@ -10,7 +10,6 @@ __all__ = ['Keep', 'mean_over', 'sparsity', 'mse', 'kl_orig_to_new', 'Coeff', 'K
 # %% ../nbs/08_losses.ipynb #610d6b63
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from .linear_kl import KeptLogits, linear_kl
 from .models import Head, Subject, find_point, resolve_points
 from .sae import SAE, SAEActs
 from .sparse_step import SparseCode, code_norm
-from .splicing import Original, original_pass, reconstruction, replay, replay_start
+from .splicing import Original, original_pass, places, replay, replay_start, sae_edits
 
 # %% ../nbs/08_losses.ipynb #8f1bb577
 Keep = Bool[Tensor, "*batch"] | None  # positions that count; None: all of them
@@ -185,6 +184,7 @@ def make_plan(
     subject: Subject,
     names: Sequence[str],  # Hook points of the SAEs
     loss: LossConfig,
+    inputs: Sequence[str] = (),  # Hook points that transcoders among them read
 ) -> Plan:
     "Resolve a loss's hook points and decide whether the run is local."
     downstream = resolve_points(subject, loss.in_to_orig.hook_positions) if loss.in_to_orig else []
@@ -193,8 +193,8 @@ def make_plan(
         if find_point(subject, name).depth < first:
             raise UserError(f"loss.in_to_orig: {name} lies before every SAE ({', '.join(names)}), so nothing there can change")
     local = loss.logits_kl is None and set(downstream) <= set(names)
-    needs = [*names, *downstream] if local or loss.out_to_orig is not None else downstream
-    return Plan(local, tuple(dict.fromkeys(needs)), tuple(downstream), None if local else replay_start(subject, names))
+    needs = [*inputs, *names, *downstream] if local or loss.out_to_orig is not None else downstream
+    return Plan(local, tuple(dict.fromkeys(needs)), tuple(downstream), None if local else replay_start(subject, [*names, *inputs]))
 
 
 def run_original(
@@ -216,10 +216,10 @@ class Objective:
     hidden: Tensor | None  # the spliced network's final hidden states; None for a local run
 
 # %% ../nbs/08_losses.ipynb #7cdf3baf
-def dense_forward(sae: SAE, x: Tensor) -> SAEActs:
+def dense_forward(sae: SAE, x: Tensor, *target: Tensor) -> SAEActs:
     "The definition: `sae(x)`, in the SAE's own precision also under autocast."
     with torch.autocast(x.device.type, enabled=False):
-        return sae(x)
+        return sae(x, *target)
 
 
 def objective(
@@ -229,18 +229,17 @@ def objective(
     loss: LossConfig,
     plan: Plan,
     keep: Keep = None,  # Positions that count
-    forward: Callable[[SAE, Tensor], SAEActs] = dense_forward,  # How SAEs are computed; `sparse_forward` gives the same numbers faster
+    forward: Callable[..., SAEActs] = dense_forward,  # How SAEs are computed; `sparse_forward` gives the same numbers faster
 ) -> Objective:
     "Evaluate a loss; call `.total.backward()` on the result."
     acts: dict[str, SAEActs] = {}
     new: dict[str, Tensor] = {}
     hidden = None
     if plan.local:
-        acts = {name: forward(sae, original.activations[name]) for name, sae in saes.items()}
+        acts = {name: forward(sae, *(original.activations[place] for place in reversed(places({name: sae})))) for name, sae in saes.items()}
         new = {name: original.activations[name] for name in plan.downstream}
     else:
-        edits = {name: reconstruction(partial(forward, sae), keep, False, lambda a, name=name: acts.__setitem__(name, a)) for name, sae in saes.items()}
-        replayed = replay(subject, original, edits, plan.downstream)
+        replayed = replay(subject, original, sae_edits(saes, forward, keep, record=acts.__setitem__), plan.downstream)
         hidden, new = replayed.hidden, replayed.activations
     terms = sae_terms(saes, acts, original, loss, keep) | {
         f"in_to_orig/{name}": mse(new[name], original.activations[name], keep) for name in plan.downstream}
@@ -258,13 +257,13 @@ def sae_terms(
 ) -> dict[str, Tensor]:
     "The terms that look at one SAE each."
     terms: dict[str, Tensor] = {}
-    for name, (x, c, output, penalty, aux) in acts.items():
+    for name, (x, c, output, penalty, aux, target) in acts.items():
         own = None if penalty is None else mean_over(penalty, keep) / saes[name].d_in  # an architecture's own penalty
         terms[f"sparsity/{name}"] = sparsity(c, saes[name].d_in, loss.sparsity.p_norm, keep) if own is None else own
         if aux is not None:
             terms[f"aux/{name}"] = mean_over(aux, keep)
         if loss.out_to_in is not None:
-            terms[f"out_to_in/{name}"] = mse(output, x, keep)
+            terms[f"out_to_in/{name}"] = mse(output, x if target is None else target, keep)
         if loss.out_to_orig is not None:
             terms[f"out_to_orig/{name}"] = mse(output, original.activations[name], keep)
     return terms

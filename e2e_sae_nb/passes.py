@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .checkpoint import checkpoints
+from .checkpoint import checkpoints, clear_up
 from .core import FORMAT_VERSION, Stopwatch, UserError, check_format, read_json, write_json
 from .models import Subject
 from .runs import RunConfig, run_config
@@ -59,13 +59,15 @@ def set_out(
 ) -> Pass:
     "A fresh pass; the data are opened once."
     trainings = [begin(configs[0], subject)]
-    return Pass(trainings + [begin(config, subject, stream=trainings[0].stream) for config in configs[1:]])
+    state = Pass(trainings + [begin(config, subject, stream=trainings[0].stream) for config in configs[1:]])
+    state.record()
+    return state
 
 
 def take_up(
     configs: Sequence[RunConfig],
     subject: Subject,
-) -> Pass | None:  # None: nothing was saved
+) -> Pass | None:  # None: nothing was begun
     "The state of an interrupted pass as of the last checkpoint that all its members reached."
     folder = configs[0].save_dir
     if folder is None:
@@ -78,8 +80,8 @@ def take_up(
     portable = [[replace(c, save_dir=None, device=None) for c in group] for group in (configs, map(run_config, paths))]
     if portable[0] != portable[1]:
         raise UserError(f"{folder} holds a frontier of another configuration; give another save_dir, or the configuration it was begun with")
-    common = set.intersection(*(set(checkpoints(path)) for path in paths))
-    if not common:
-        return None
-    first = resume(paths[0], subject, samples=max(common))
-    return Pass([first] + [resume(path, subject, samples=max(common), stream=first.stream) for path in paths[1:]], record["shared_seconds"])
+    for path in paths:
+        clear_up(path)  # a checkpoint that had stepped aside may be the last
+    reached = max(set.intersection(*({0, *checkpoints(path)} for path in paths)))  # 0: the beginning
+    first = resume(paths[0], subject, samples=reached)
+    return Pass([first] + [resume(path, subject, samples=reached, stream=first.stream) for path in paths[1:]], record["shared_seconds"])

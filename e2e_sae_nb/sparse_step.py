@@ -231,6 +231,7 @@ def _add_rows(parameter: Tensor, index: Tensor, rows: Tensor, turned: bool, in_p
 def sparse_forward(
     sae: SAE,
     x: Float[Tensor, "*batch d_in"],
+    target: Float[Tensor, "*batch d_out"] | None = None,  # A transcoder's; see `SAEActs`
     *,
     limit: float = 0.05,  # Share of active latents above which the dense definition is used
     in_place: bool = False,  # Add weight gradients straight to .grad; for training loops, not for torch.autograd.grad
@@ -240,25 +241,25 @@ def sparse_forward(
     with torch.autocast(x.device.type, enabled=False):  # the SAE is computed in its own precision
         if not isinstance(sae, SAE):  # something of the same interface that has no such shortcut
             return sae(x)
-        return _sparse_forward(sae, x, limit, in_place, screen)
+        return _sparse_forward(sae, x, target, limit, in_place, screen)
 
 
-def _sparse_forward(sae: SAE, x: Tensor, limit: float, in_place: bool, screen: bool | None) -> SAEActs:
+def _sparse_forward(sae: SAE, x: Tensor, target: Tensor | None, limit: float, in_place: bool, screen: bool | None) -> SAEActs:
     flat = (x.to(sae.W_enc.dtype) * sae.input_scale).flatten(0, -2)
     active = find_active(sae, flat.detach(), limit, screen)
     if active is None:
-        return sae(x)
+        return sae(x, target)
     lists = _compress(active, len(flat), sae.d_sae)
     pre: Tensor = _EncodePairs.apply(flat, sae.W_enc, sae.b_enc, lists, in_place)  # type: ignore[assignment]
     shaped = sae.shape(pre, active.latent)
-    reconstruct = lambda c, W, b: (_DecodePairs.apply(c, W, b, lists, in_place) / sae.input_scale).view(x.shape).to(x.dtype)
+    reconstruct = lambda c, W, b: (_DecodePairs.apply(c, W, b, lists, in_place) / sae.input_scale).view(*x.shape[:-1], sae.d_out).to(x.dtype)
     output = reconstruct(shaped.values, sae.W_dec, sae.b_dec)
     second = None if shaped.second is None else reconstruct(shaped.second, sae.W_dec.detach(), sae.b_dec.detach())
     code, on = SparseCode(shaped.values, active.token, active.latent, x.shape[:-1], sae.d_sae), shaped.values > 0
     penalty = None if shaped.penalty is None else code.sum_per_token(shaped.penalty)
     if not on.all():  # pairs that an architecture looked at and found silent
         code = SparseCode(code.values[on], code.token[on], code.latent[on], code.batch, sae.d_sae)
-    return SAEActs(x, code, output, penalty, sae.auxiliary(x, output, second))  # type: ignore[arg-type]
+    return SAEActs(x, code, output, penalty, sae.auxiliary(x, output, second, x if target is None else target), target)  # type: ignore[arg-type]
 
 # %% ../nbs/06a_sparse_step.ipynb #254f28cf
 class SAEAdam(torch.optim.Adam):

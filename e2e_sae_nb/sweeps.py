@@ -14,7 +14,8 @@ from typing import Any
 
 from .config import from_dict, read_yaml, to_dict
 from .core import Stopwatch, UserError, config_hash, nearest, provenance, read_json, say, write_json
-from .frontiers import FrontierConfig, frontier
+from .frontiers import asked_for, frontier
+from .members import FrontierConfig
 from .models import Subject
 from .runs import Run
 from .state import subject_for
@@ -45,7 +46,7 @@ def sweep_row(
     "The facts of one SAE."
     s = run.summary
     name, position = next(iter(s["positions"].items()))
-    return {"part": part, "type": s["type"], "sparsity_coeff": s["sparsity_coeff"], "lr": run.config.lr, "seed": run.config.seed, "position": name,
+    return {"part": part, "type": s["type"], **asked_for(run), "sparsity_coeff": s["sparsity_coeff"], "lr": run.config.lr, "seed": run.config.seed, "position": name,
             "ratio": run.config.saes.dict_size_to_input_ratio, **position,
             **{key: s[key] for key in ("ce_increase", "ce_orig", "ce_recovered", "kl", "top1_consistency", "tokens", "seconds", "seconds_shared", "eval_tokens")},
             "grad_norm": _grad_norm(run), "downstream": s["downstream"], "run": "" if run.path is None else run.path.name,
@@ -81,11 +82,11 @@ def run_sweep(
             continue
         clock, base = Stopwatch(), config.base
         subject = subject or subject_for(base)
-        say(f"{name}: {sum(len(t.sparsity) for t in config.types.values()) * max(1, len(config.seeds)) * max(1, len(config.positions))} SAEs")
+        say(f"{name}: {sum(len(t.penalties()) for t in config.types.values()) * max(1, len(config.seeds)) * max(1, len(config.positions))} SAEs")
         runs = frontier(config, subject=subject, resume=True)
         rows = [sweep_row(name, run) for run in runs]
         origin = provenance(to_dict(config), seed=base.seed, tokens=sum(r["tokens"] for r in rows), seconds=float(clock), device=subject.device)
-        write_json(out / name / "table.json", {"rows": rows, "hash": _hash(config), "provenance": origin})
+        write_json(out / name / "table.json", {"rows": rows, "provenance": origin})
     return _join(parts, out, Path(table or out / "table.json"))
 
 # %% ../nbs/17_sweep.ipynb #6ad21579
@@ -94,7 +95,12 @@ def _hash(config: FrontierConfig) -> str:
 
 
 def _finished(folder: Path, config: FrontierConfig) -> bool:
-    return (folder / "table.json").is_file() and read_json(folder / "table.json")["hash"] == _hash(config)
+    if not (folder / "table.json").is_file():
+        return False
+    try:  # a table may be older than some keys, which then have their defaults
+        return _hash(from_dict(FrontierConfig, read_json(folder / "table.json")["provenance"]["config"])) == _hash(config)
+    except UserError:
+        return False
 
 
 def _join(parts: Mapping[str, FrontierConfig], out: Path, table: Path) -> Path:

@@ -179,6 +179,20 @@ def test_frontier_goes_on_after_a_kill(place, tmp_path):
     assert (tmp_path / "features.html").read_text().count('"contexts"') > 2
 
 
+def test_generate_command(place, tmp_path):
+    "Both continuations, the page, the same text again for the same seed; a prompt too long for the network is one line."
+    run = cli("train", CONFIGS[0], *local(place, wandb_project="null"), "--set", f"save_dir={tmp_path / 'runs'}")
+    assert run.returncode == 0, run.stderr[-2000:]
+    folder, page = next((tmp_path / "runs").iterdir()), tmp_path / "text.html"
+    words = ["generate", folder, "!#$%", "--n-tokens", "8", "--temperature", "1", "--top-k", "20", "--seed", "3"]  # characters among the first 50 tokens
+    first, again = cli(*words, "--html", page), cli(*words)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert first.stdout == again.stdout + f"{page}\n" and "first choices differ on" in again.stdout
+    assert page.read_text(encoding="utf-8").count("<li") in range(1, 9)
+    long = cli("generate", folder, "!#$%" * 3, "--n-tokens", "6")
+    assert long.returncode == 2 and "reads at most 16 tokens" in long.stderr and "Traceback" not in long.stderr
+
+
 class Model(BaseHTTPRequestHandler):
     "An OpenAI-compatible server: explanations and a list of passages."
 

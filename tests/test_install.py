@@ -24,4 +24,5 @@ def test_install_and_use_from_anywhere(tmp_path):
     assert "demo" in run(tmp_path / "env" / "bin" / "e2e-sae", "--help")
     found = run(python, "-c", "from e2e_sae_nb import load_subject; from e2e_sae_nb.core import data_path, repo_root; "
                               "print(repo_root(), data_path('docstrings-lm'), load_subject('docstrings', device='cpu'))")
+    assert "Table 5" in run(python, "-c", "from e2e_sae_nb.pareto import paper; print(paper('norm_ratio')['source'])")
     assert found.startswith("None ") and "_data/docstrings-lm" in found and "6 blocks" in found

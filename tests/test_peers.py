@@ -20,12 +20,15 @@ from e2e_sae_nb.saelens import load_saelens, to_saelens
 HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "golden" / "saelens"
 PLACE = "blocks.1.hook_resid_pre"
+OURS = (*ARCHITECTURES, "relu_transcoder", "jumprelu_transcoder", "batchtopk_transcoder")
 
 
 def made(name):
     "One of our SAEs, with every number that matters away from its default."
     g = torch.Generator().manual_seed(5)
-    sae = ARCHITECTURES[name](12, 40, seed=3, **({"k": 4} if issubclass(ARCHITECTURES[name], TopK) else {})).eval()
+    kind, _, transcoder = name.partition("_")
+    further = {"reads": "blocks.1.mlp.hook_in", "d_out": 7} if transcoder else {}
+    sae = ARCHITECTURES[kind](12, 40, seed=3, **further, **({"k": 4} if issubclass(ARCHITECTURES[kind], TopK) else {})).eval()
     with torch.no_grad():
         sae.W_dec.mul_(torch.linspace(0.5, 2, 40)[:, None])
         sae.input_scale.fill_(0.5)
@@ -34,14 +37,14 @@ def made(name):
         if isinstance(sae, Gated):
             sae.r_mag.normal_(0, 0.3, generator=g)
             sae.b_mag.normal_(0, 0.3, generator=g)
-        if name == "jumprelu":
+        if kind == "jumprelu":
             sae.log_threshold.normal_(-1, 0.5, generator=g)
     return sae
 
 
 def prepare(folder: Path) -> None:
     "Inputs, and our SAEs in sae-lens' format."
-    for name in ARCHITECTURES:
+    for name in OURS:
         cfg, weights = to_saelens(made(name), PLACE, model_name="tiny")
         target = folder / "ours" / name / PLACE
         target.mkdir(parents=True, exist_ok=True)
@@ -54,7 +57,7 @@ def check(folder: Path) -> float:
     "The largest difference, relative to the largest value."
     x, outputs, worst = load_file(folder / "x.safetensors")["x"], load_file(folder / "outputs.safetensors"), 0.0
     names = {key.rpartition(".")[0] for key in outputs}
-    assert names == {f"ours/{n}" for n in ARCHITECTURES} | {f"theirs/{n}" for n in ("standard_0", "standard_1", "topk_2", "jumprelu_1", "gated_1")}
+    assert names == {f"ours/{n}" for n in OURS} | {f"theirs/{n}" for n in ("standard_0", "standard_1", "topk_2", "jumprelu_1", "gated_1")}
     for name in sorted(names):
         side, _, kind = name.partition("/")
         sae = made(kind) if side == "ours" else load_saelens(folder / name)[PLACE]
@@ -78,6 +81,35 @@ def theirs(python: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+TRAINED = {"relu": "standard", "topk": "topk", "batchtopk": "batchtopk", "matryoshka": "matryoshka_batchtopk", "jumprelu": "jumprelu", "gated": "gated"}
+
+
+def check_training(python: str, folder: Path) -> float:
+    "The largest relative difference between training forward passes with the same weights; Matryoshka with the whole dictionary drawn."
+    x, worst = torch.randn(30, 12, generator=torch.Generator().manual_seed(0)), 0.0
+    tensors = {"x": x}
+    for ours, kind in TRAINED.items():
+        sae = made(ours)
+        weights = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.dictionary, "b_dec": sae.b_dec}
+        if ours == "jumprelu":
+            weights["threshold"] = sae.threshold
+        if ours == "gated":
+            weights |= {"b_gate": weights.pop("b_enc"), "b_mag": sae.b_mag, "r_mag": sae.r_mag}
+        tensors |= {f"{kind}/{key}": value.detach().contiguous() for key, value in weights.items()}
+    save_file(tensors, folder / "weights.safetensors")
+    subprocess.run([python, str(HERE / "peers" / "saelens_training_side.py"), str(folder)], check=True, timeout=600)
+    found = load_file(folder / "training.safetensors")
+    for ours, kind in TRAINED.items():
+        sae = made(ours).train()
+        sae.input_scale.fill_(1.0)
+        sae.prefixes = (1.0,)
+        with torch.no_grad():
+            acts = sae(x)
+        for a, b in ((acts.c, found[f"{kind}.code"]), (acts.output, found[f"{kind}.output"])):
+            worst = max(worst, float((a - b).abs().max() / b.abs().max()))
+    return worst
+
+
 def test_stored_sample():
     "What the real package computed, for SAEs of ours and of its own."
     assert check(SAMPLE) < 1e-6
@@ -95,6 +127,7 @@ def test_real_package(tmp_path):
     prepare(tmp_path)
     theirs(str(python), tmp_path)
     assert check(tmp_path) < 1e-6
+    assert check_training(str(python), tmp_path) < 1e-6
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ def checkout(tmp_path):
     ours = tmp_path / "checkout"
     shutil.copytree(ROOT / "e2e_sae_nb", ours / "e2e_sae_nb", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(MODEL, ours / "data" / MODEL.name)
+    shutil.copy(ROOT / "data" / "paper.json", ours / "data" / "paper.json")
     for name in ("setup.py", "settings.ini", "README.md"):
         shutil.copy(ROOT / name, ours / name)
     return ours
@@ -109,7 +110,7 @@ def test_wheel_carries_the_model(checkout):
     result = build(checkout)
     assert result.returncode == 0, result.stderr
     package = checkout / "lib" / "e2e_sae_nb"
-    assert {p.name for p in (package / "_data").iterdir()} == {MODEL.name}
+    assert {p.name for p in (package / "_data").iterdir()} == {MODEL.name, "paper.json"}
     assert {p.name for p in (package / "_data" / MODEL.name).iterdir()} == {p.name for p in MODEL.iterdir()}
     assert (package / "py.typed").is_file() and not (package / "renamed.py").exists()
     assert {p.name for p in package.glob("*.py")} == {p.name for p in (ROOT / "e2e_sae_nb").glob("*.py")}

@@ -26,6 +26,17 @@ def volatile(output: nbformat.NotebookNode) -> bool:
     return (output.output_type == "stream" and output.name == "stderr") or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
+def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    "Neighbouring pieces of one stream as one: where a kernel flushes is a matter of time."
+    found: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if found and output.output_type == found[-1].output_type == "stream" and output.name == found[-1].name:
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
+
+
 def run(path: Path, timeout: int = 600) -> nbformat.NotebookNode:
     "Execute a notebook in a fresh kernel in its own folder; raises at the first failing cell; nothing is saved."
     notebook = nbformat.read(path, as_version=4)
@@ -36,12 +47,13 @@ def run(path: Path, timeout: int = 600) -> nbformat.NotebookNode:
     NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not volatile(o)]
+            cell.outputs = joined([o for o in cell.outputs if not volatile(o)])
         cell.metadata.pop("execution", None)
         if "skip-execution" in cell.metadata.get("tags", []):
             cell.metadata["tags"].remove("skip-execution")
             if not cell.metadata["tags"]:
                 del cell.metadata["tags"]
+    notebook.metadata.pop("widgets", None)  # the state of progress bars
     return notebook
 
 
