@@ -76,13 +76,20 @@ def _local(text: str) -> str:
 
 
 def local_links(cell: Any) -> None:
-    "nbdev processor: point links between pages at local files, so that they work offline and in previews."
+    "nbdev processor: links between pages become local ones, so that they work offline and in previews; figures get their text alternative."
     if cell.cell_type == "markdown" and cell.get("source"):
         cell.source = _local(cell.source)
+    if cell.cell_type == "code" and (alternative := _alternative(cell)) and "fig-alt:" not in cell.source:
+        cell.source = f"#| fig-alt: {json.dumps(alternative, ensure_ascii=False)}\n{cell.source}"  # JSON's strings are YAML's
     for output in cell.get("outputs", []):
         text = output.get("data", {}).get("text/markdown")
         if text:
             output["data"]["text/markdown"] = [_local(line) for line in text] if isinstance(text, list) else _local(text)
+
+
+def _alternative(cell: Any) -> str | None:
+    "The text alternative of the figure that a cell shows."
+    return next((output["metadata"]["image/png"]["alt"] for output in cell.get("outputs", []) if "alt" in output.get("metadata", {}).get("image/png", {})), None)
 
 
 def filter_notebook() -> None:

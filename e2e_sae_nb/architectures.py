@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .core import UserError
+from .devices import add, add_numbers, among_largest, batch_mean, gather
 from .sae import SAE, SAEConfig, Shaped
 from .sparse_step import Active, SparseCode, find_active, find_positive
 
@@ -48,15 +49,14 @@ class TopK(SAE):
         pre = torch.relu(x.to(self.W_enc.dtype) * self.input_scale @ self.W_enc[:, dead] + self.b_enc[dead])
         top = pre.topk(min(len(dead), max(1, self.d_in // 2)), dim=-1)
         revived = torch.zeros_like(pre).scatter(-1, top.indices, top.values) @ F.normalize(self.W_dec[dead], dim=-1)
-        return self.aux_coeff * (revived - error).square().sum(-1) / error.square().sum(-1).mean().clamp_min(1e-12)
+        return self.aux_coeff * (revived - error).square().sum(-1) / batch_mean(error.square().sum(-1)).clamp_min(1e-12)
 
     @torch.no_grad()
     def observe(self, c: Tensor | SparseCode) -> None:
         "Count who was silent in a batch of training."
         fired = c.fired() if isinstance(c, SparseCode) else (c > 0).flatten(0, -2).sum(0)
-        tokens = torch.Size(c.batch).numel() if isinstance(c, SparseCode) else c[..., 0].numel()
-        self.silent += tokens
-        self.silent[fired > 0] = 0
+        self.silent += add_numbers([torch.Size(c.batch if isinstance(c, SparseCode) else c.shape[:-1]).numel()], "batch")[0]
+        self.silent[add(fired, "batch") > 0] = 0
 
     def revive(self, latents: Tensor, code: Tensor) -> None:
         self.silent[latents] = 0
@@ -75,16 +75,17 @@ class BatchTopK(TopK):
     def select(self, pre: Float[Tensor, "*batch d_sae"]) -> Bool[Tensor, "*batch d_sae"]:
         if not self.training:
             return pre > self.cut
-        n = min(pre.numel(), self.k * (pre.numel() // self.d_sae))
-        chosen = pre.flatten().topk(n).indices
+        n = self.k * add_numbers([pre.numel() // self.d_sae], "batch")[0]
+        chosen = among_largest(pre.flatten(), n)
         return torch.zeros(pre.numel(), dtype=torch.bool, device=pre.device).scatter(0, chosen, True).view(pre.shape)
 
     @torch.no_grad()
     def observe(self, c: Tensor | SparseCode) -> None:
         super().observe(c)
         values = c.values if isinstance(c, SparseCode) else c[c > 0]
-        if len(values):
-            least = values.min().to(self.cut.dtype)
+        least = min(gather(values.min().item() if len(values) else float("inf"), "batch"))
+        if least < float("inf"):
+            least = self.cut.new_tensor(least)
             self.cut.copy_(least if self.cut < 0 else 0.99 * self.cut + 0.01 * least)
 
     @torch.no_grad()
@@ -211,17 +212,18 @@ def _sorted(token: Tensor, latent: Tensor, values: Tensor) -> Active:
 
 def _top(sae: TopK, x: Tensor, per_batch: bool) -> Active:
     found: list[tuple[Tensor, Tensor, Tensor]] = []
+    wanted = sae.k * (add_numbers([len(x)], "batch")[0] if per_batch else len(x))
     for start in range(0, len(x), _TOKENS):
         pre = torch.addmm(sae.b_enc, x[start : start + _TOKENS], sae.W_enc)
-        n = min(pre.numel(), sae.k * len(x))
+        n = min(pre.numel(), wanted)
         values, index = pre.flatten().topk(n, sorted=False) if per_batch else pre.topk(sae.k, dim=-1, sorted=False)
         token = index // sae.d_sae if per_batch else torch.arange(len(pre), device=x.device)[:, None].expand_as(index)
         found.append(((token + start).flatten(), (index % sae.d_sae).flatten(), values.flatten()))
     token, latent, values = (torch.cat(column) for column in zip(*found, strict=True))
     if per_batch:
-        token, latent, values = (column[values.topk(min(len(values), sae.k * len(x))).indices] for column in (token, latent, values))
-    on = values > 0
-    return _sorted(token[on], latent[on], values[on])
+        chosen = among_largest(values, wanted)
+        token, latent, values = token[chosen], latent[chosen], values[chosen]
+    return _sorted(*(column[values > 0] for column in (token, latent, values)))
 
 # %% ../nbs/06b_architectures.ipynb #271fbecf
 @find_active.register

@@ -191,8 +191,11 @@ def print_run(summary: dict) -> None:
 
 # %% ../nbs/90_cli.ipynb #43f5983d
 def main() -> None:
-    "Entry point: a `UserError` becomes one line on stderr and exit status 2."
+    "Entry point: a `UserError` becomes one line on stderr and exit status 2. Of several processes, the first prints the results."
     code: Any = 0
+    rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"  # as torchrun says
+    if rank != "0":
+        sys.stdout = open(os.devnull, "w")
     try:
         app()
     except SystemExit as ending:
@@ -204,7 +207,7 @@ def main() -> None:
             error = UserError(f"cannot write {error.filename or 'a file'}: {error.strerror}; make room or choose another folder, then give the command again")
         if not isinstance(error, UserError):
             raise
-        print(f"e2e-sae: {error}", file=sys.stderr)
+        print(f"e2e-sae{f' (process {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
         code = 2
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .core import generator
+from .devices import add, all_rows
 from .metrics import fired
 from .sae import SAE, SAEActs, SAEConfig
 from .sparse_step import SAEAdam, SparseCode
@@ -66,7 +67,7 @@ def resample(
 ) -> Int[Tensor, " m"]:  # Those that were; fewer where there are fewer tokens than latents
     "Point latents at what a batch's reconstruction lacks, in place."
     x, error = acts.input, acts.replaced - acts.output
-    x, error = (v.flatten(0, -2) if keep is None else v[keep] for v in (x, error))
+    x, error = (all_rows(v.flatten(0, -2) if keep is None else v[keep]) for v in (x, error))
     rows, bias, directions, code = new_directions(*(v.to(sae.W_enc.dtype) * sae.input_scale for v in (x, error)), len(latents), g)
     latents = latents[: len(rows)]
     sae.W_enc[:, latents], sae.b_enc[latents] = rows.T, bias
@@ -78,24 +79,27 @@ def resample(
 @dataclass
 class DeadLatents:
     "Tokens since each latent of a run fired, and what is done about those that are dead."
-
     config: SAEConfig
     seed: int = 0
     silent: dict[str, Tensor] = field(default_factory=dict)  # hook name -> tokens since firing [d_sae]
     resampled: dict[str, int] = field(default_factory=dict)  # hook name -> latents set anew so far
 
     def observe(self, codes: Mapping[str, Tensor | SparseCode], tokens: int) -> None:
-        "Count a batch of training."
+        "Count a batch of training; of processes that share it, `codes` are one's share, `tokens` are all."
         for name, c in codes.items():
-            counts = fired(c)
+            counts = add(fired(c), "batch")
             self.silent[name] = (self.silent.get(name, torch.zeros_like(counts)) + tokens) * (counts == 0)
 
     def dead(self, name: str) -> Bool[Tensor, " d_sae"]:
         return self.silent[name] > self.config.dead_after
 
+    def totals(self) -> dict[str, int]:
+        "How many latents are dead."
+        return {name: int(add(self.dead(name).sum(), "latents")) for name in self.silent}
+
     def counts(self) -> dict[str, float]:
-        "Dead latents, for the log."
-        return {f"dead/{name}": float(self.dead(name).sum()) for name in self.silent}
+        "The same, for the log."
+        return {f"dead/{name}": float(n) for name, n in self.totals().items()}
 
     def due(self, before: int, samples: int) -> bool:
         "Whether latents are resampled now, between two numbers of samples."

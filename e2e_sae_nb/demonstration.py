@@ -17,12 +17,14 @@ from typing import Any
 
 from .config import to_dict
 from .core import Stopwatch, atomic_path, provenance, write_json
+from .devices import once
 from .frontiers import Frontier, frontier, row
 from .members import FrontierConfig
-from .models import Subject, load_subject
+from .models import Subject
 from .plotting import alt_text, new_axes, plot_frontier, save_figure
 from .ratios import bootstrap_ratio, ce_increase_ratio
 from .runs import Run
+from .state import subject_for
 
 # %% ../nbs/16_demo.ipynb #62b3cd94
 DEMO: dict[str, Any] = {
@@ -51,11 +53,11 @@ def demo(
     out, clock = Path(out), Stopwatch()
     config = config or FrontierConfig.from_dict(DEMO)
     config = replace(config, base=replace(config.base, save_dir=out / "runs"))
-    subject = subject or load_subject(config.base.tlens_model_path or config.base.tlens_model_name or "", device=config.base.device)
+    subject = subject or subject_for(config.base)
     runs = frontier(config, subject=subject, resume=resume)
     origin = provenance(to_dict(config), seed=config.base.seed, tokens=sum(r.summary["tokens"] for r in runs), seconds=float(clock),
                         device=subject.device)
-    write_report(runs, origin, out)
+    once(lambda: write_report(runs, origin, out))
     return runs
 
 # %% ../nbs/16_demo.ipynb #c75f978e

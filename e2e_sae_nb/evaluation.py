@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .core import UserError, progress
+from .devices import add, add_numbers, divides, gather, my_turn, rank
 from .losses import Keep, downstream_positions
-from .metrics import LogitComparison, MeanPerSequence, VarianceExplained, ce_recovered, compare_with_many, counted, fired, l0
+from .metrics import LogitComparison, MeanPerSequence, VarianceExplained, ce_recovered, compare_with_many, counted, fired, l0, merge_variance
 from .models import Subject
 from .sae import SAE, SAEActs
 from .sparse_step import sparse_forward
@@ -112,6 +113,26 @@ class _Tally:
         self.variance[name].add(*pair)
         self.layer_normed[name].add(*pair)
 
+# %% ../nbs/11_evaluate.ipynb #817aaa51
+def _of_all(tally: _Tally) -> _Tally:
+    "The tally of all processes that share the batches."
+    if not divides("batch"):
+        return tally
+    for v in (*tally.variance.values(), *tally.layer_normed.values()):
+        v.shift, v.total = (None if x is None else x.cpu() for x in (v.shift, v.total))
+    parts = gather(tally)
+    for kind in ("output", "l0"):
+        for key, mean in getattr(tally, kind).items():
+            theirs = [getattr(part, kind)[key] for part in parts]
+            for field_ in ("sums", "counts"):
+                lists = [getattr(other, field_) for other in theirs]
+                setattr(mean, field_, [part[i] for i in range(len(lists[0])) for part in lists if i < len(part)])
+    tally.fired = {name: torch.stack([part.fired[name] for part in parts]).sum(0) for name in tally.fired}
+    for kind in ("variance", "layer_normed"):
+        setattr(tally, kind, {name: merge_variance([getattr(part, kind)[name] for part in parts]) for name in tally.variance})
+    tally.tokens = sum(part.tokens for part in parts)
+    return tally
+
 # %% ../nbs/11_evaluate.ipynb #8f120eac
 def _add_batch(subject: Subject, members: list[tuple[Mapping[str, SAE], list[str], _Tally]], tokens: Tensor, keep: Keep) -> None:
     names = {name for saes, _, _ in members for name in places(saes)}
@@ -167,12 +188,14 @@ def evaluate_many(
     for sae in learning:
         sae.eval()
     try:
-        for tokens in progress(batches, total=total, desc="evaluating", unit="batch", leave=False):
-            tokens = tokens.to(subject.device)
-            _add_batch(subject, members, tokens, None if keep is None else keep(tokens))
+        for index, tokens in enumerate(progress(batches, rank() == 0, total=total, desc="evaluating", unit="batch", leave=False)):
+            if my_turn(index):
+                tokens = tokens.to(subject.device)
+                _add_batch(subject, members, tokens, None if keep is None else keep(tokens))
     finally:
         for sae in learning:
             sae.train()
+    members = [(saes, later, _of_all(tally)) for saes, later, tally in members]
     if any(tally.tokens == 0 for _, _, tally in members):
         raise UserError("there were no tokens to evaluate on")
     return [_result(saes, later, tally) for saes, later, tally in members]
@@ -187,7 +210,8 @@ def _result(saes: Mapping[str, SAE], later: list[str], tally: _Tally) -> EvalRes
     mean = {key: values.mean for key, values in tally.output.items()}
     spread = {name: {"mse": v.mse, "explained_variance": v.ratio_of_sums, "explained_variance_per_token_mean": v.per_token_mean,
                      "explained_variance_layer_normed": tally.layer_normed[name].ratio_of_sums} for name, v in tally.variance.items()}
-    positions = {name: PositionResult(l0=tally.l0[name].mean, alive=int((tally.fired[name] > 0).sum()), d_sae=sae.d_sae, **spread[name])
+    positions = {name: PositionResult(l0=tally.l0[name].mean, alive=int(add((tally.fired[name] > 0).sum(), "latents")),
+                                      d_sae=add_numbers([sae.d_sae], "latents")[0], **spread[name])
                  for name, sae in saes.items()}
     return EvalResult(
         tokens=tally.tokens, ce_orig=mean["ce_orig"], ce_new=mean["ce_new"], ce_increase=mean["ce_increase"], ce_zero=mean["ce_zero"],

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .core import Stopwatch, show_progress
+from .devices import rank
 from .runs import MetricsLog
 
 # %% ../nbs/12c_live.ipynb #f2a74c45
@@ -66,7 +67,7 @@ def watch(
     logs: Mapping[str, MetricsLog],  # Label -> a run's log
 ) -> LiveCurves | None:  # None: nobody is watching
     "Draw what these logs write while they write it, in a notebook."
-    if "ipykernel" not in sys.modules or not show_progress():
+    if "ipykernel" not in sys.modules or not show_progress() or rank() != 0:
         return None
     curves = LiveCurves(list(logs))
     for label, log in logs.items():

@@ -233,11 +233,9 @@ def objective(
 ) -> Objective:
     "Evaluate a loss; call `.total.backward()` on the result."
     acts: dict[str, SAEActs] = {}
-    new: dict[str, Tensor] = {}
-    hidden = None
     if plan.local:
         acts = {name: forward(sae, *(original.activations[place] for place in reversed(places({name: sae})))) for name, sae in saes.items()}
-        new = {name: original.activations[name] for name in plan.downstream}
+        new, hidden = {name: original.activations[name] for name in plan.downstream}, None
     else:
         replayed = replay(subject, original, sae_edits(saes, forward, keep, record=acts.__setitem__), plan.downstream)
         hidden, new = replayed.hidden, replayed.activations
@@ -287,13 +285,15 @@ def weigh(
     terms: Mapping[str, Tensor],
     loss: LossConfig,
     n_downstream: int,
+    means: Mapping[str, Tensor] | None = None,  # The terms of the whole batch, if these are of a share of it
 ) -> Float[Tensor, ""]:
     "The weighted sum of the terms."
     weights = {"sparsity": loss.sparsity.coeff, "aux": 1.0,
                "in_to_orig": loss.in_to_orig.total_coeff / n_downstream if loss.in_to_orig else 0.0}
     weights |= {key: term.coeff if (term := getattr(loss, key)) else 0.0 for key in ("out_to_in", "out_to_orig", "logits_kl")}
     if loss.logits_kl is not None and loss.logits_kl.balance and "logits_kl" in terms:
-        errors = [value.detach() for name, value in terms.items() if name.startswith("out_to_in/")]
-        terms = {**terms, "logits_kl": terms["logits_kl"] * (torch.stack(errors).mean() / (terms["logits_kl"].detach() + 1e-8))}
+        means = {name: value.detach() for name, value in (means or terms).items()}
+        errors = torch.stack([value for name, value in means.items() if name.startswith("out_to_in/")])
+        terms = {**terms, "logits_kl": terms["logits_kl"] * (errors.mean() / (means["logits_kl"] + 1e-8))}
     weighted = [weights[name.partition("/")[0]] * value for name, value in terms.items() if weights[name.partition("/")[0]] > 0]
     return torch.stack(weighted).sum() if weighted else torch.zeros(())

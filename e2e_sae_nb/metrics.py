@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['l0', 'counted', 'fired', 'LogitComparison', 'compare_logits', 'compare_with_many', 'ce_recovered',
-           'VarianceExplained', 'MeanPerSequence']
+           'VarianceExplained', 'merge_variance', 'MeanPerSequence']
 
 # %% ../nbs/09_metrics.ipynb #7511387b
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .devices import add
 from .sparse_step import SparseCode
 
 # %% ../nbs/09_metrics.ipynb #66955fc4
@@ -22,9 +23,8 @@ def l0(
     c: Float[Tensor, "*batch d_sae"] | SparseCode,  # Code
 ) -> Float[Tensor, "*batch"]:
     "Number of active latents per token."
-    if isinstance(c, SparseCode):
-        return c.l0()
-    return torch.count_nonzero(c, dim=-1).to(torch.float32)
+    count = c.l0() if isinstance(c, SparseCode) else torch.count_nonzero(c, dim=-1)
+    return add(count.to(torch.float32), "latents")  # in one precision: of two processes, one may have the code as a list
 
 
 def counted(
@@ -133,6 +133,22 @@ class VarianceExplained:
     def mse(self) -> float:
         "Squared error, mean over tokens and dimensions (of layer-normed activations if so made)."
         return self.error / (self.count * self.shift.numel()) if self.shift is not None else float("nan")
+
+# %% ../nbs/09_metrics.ipynb #f108630e
+def merge_variance(
+    parts: Sequence[VarianceExplained],
+) -> VarianceExplained:
+    "One accumulator of what several have seen (Chan et al. 1979)."
+    whole = VarianceExplained()
+    known = [(p, p.total.cpu(), p.shift.cpu() + p.total.cpu() / p.count) for p in parts if p.shift is not None and p.total is not None]
+    whole.count, whole.error, whole.ratios = (sum(getattr(p, key) for p in parts) for key in ("count", "error", "ratios"))
+    if known:
+        whole.shift = torch.stack([mean * (p.count / whole.count) for p, _, mean in known]).sum(0)
+        whole.total = torch.zeros_like(whole.shift)
+        for p, total, mean in known:
+            within = p.square - (total.square().sum() / p.count).item()
+            whole.square += within + p.count * (mean - whole.shift).square().sum().item()
+    return whole
 
 # %% ../nbs/09_metrics.ipynb #17d903e6
 class MeanPerSequence:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .checkpoint import checkpoints, clear_up
 from .core import FORMAT_VERSION, Stopwatch, UserError, check_format, read_json, write_json
+from .devices import from_turns, in_turns, on_first, rank
 from .models import Subject
 from .runs import RunConfig, run_config
 from .state import Training, begin, resume, save
@@ -48,8 +49,8 @@ class Pass:
 
     def record(self) -> None:
         "Write down which runs belong together."
-        if (folder := self.trainings[0].config.save_dir) is not None:
-            names = [t.folder.name for t in self.trainings if t.folder is not None]
+        names = from_turns([t.folder.name for t in self.trainings if t.folder is not None])
+        if (folder := self.trainings[0].config.save_dir) is not None and rank() == 0:
             write_json(folder / RECORD, {"format_version": FORMAT_VERSION, "members": names, "shared_seconds": self.shared_seconds})
 
 # %% ../nbs/13a_pass.ipynb #76efe12a
@@ -58,6 +59,7 @@ def set_out(
     subject: Subject,
 ) -> Pass:
     "A fresh pass; the data are opened once."
+    configs = in_turns(configs)
     trainings = [begin(configs[0], subject)]
     state = Pass(trainings + [begin(config, subject, stream=trainings[0].stream) for config in configs[1:]])
     state.record()
@@ -80,8 +82,8 @@ def take_up(
     portable = [[replace(c, save_dir=None, device=None) for c in group] for group in (configs, map(run_config, paths))]
     if portable[0] != portable[1]:
         raise UserError(f"{folder} holds a frontier of another configuration; give another save_dir, or the configuration it was begun with")
-    for path in paths:
-        clear_up(path)  # a checkpoint that had stepped aside may be the last
+    on_first(lambda: [clear_up(path) for path in paths])  # a checkpoint that had stepped aside may be the last
     reached = max(set.intersection(*({0, *checkpoints(path)} for path in paths)))  # 0: the beginning
+    paths = in_turns(paths)
     first = resume(paths[0], subject, samples=reached)
     return Pass([first] + [resume(path, subject, samples=reached, stream=first.stream) for path in paths[1:]], record["shared_seconds"])

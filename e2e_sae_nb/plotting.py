@@ -6,6 +6,7 @@
 __all__ = ['STYLES', 'RC', 'new_axes', 'alt_text', 'save_figure', 'plot_frontier']
 
 # %% ../nbs/02_plotting.ipynb #7b9c5fbe
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,9 +45,27 @@ def alt_text(
     figure: Figure,
     text: str,  # What the figure shows, in a sentence
 ) -> Figure:
-    "Attach a text alternative; it becomes the PNG's Description when saved with `save_figure`."
+    "Attach a text alternative; it goes into the notebook's output, from there to the site, and into the PNG that `save_figure` writes."
     figure._alt_text = text  # type: ignore[attr-defined]
+    _tell_notebook()
     return figure
+
+
+def _tell_notebook() -> None:
+    "Have the kernel's PNG formatter hand over text alternatives as metadata, where tools for notebooks look for them."
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None  # type: ignore[attr-defined]
+    formatter = None if shell is None else shell.display_formatter.formatters["image/png"]
+    draw = None if formatter is None else formatter.for_type(Figure)
+    if formatter is None or draw is None or hasattr(draw, "plain"):
+        return
+
+    def described(figure: Figure) -> Any:
+        drawn, text = draw(figure), getattr(figure, "_alt_text", None)
+        data, metadata = drawn if isinstance(drawn, tuple) else (drawn, {})
+        return (data, {**metadata, "alt": text}) if text else drawn
+
+    described.plain = draw  # type: ignore[attr-defined]
+    formatter.for_type(Figure, described)
 
 
 def save_figure(figure: Figure, path: Any) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .devices import add, divides, join_latents
 from .kernels import bag_sums, pair_products
 from .sae import SAE, SAEActs
 
@@ -63,10 +64,14 @@ def code_norm(
 ) -> Float[Tensor, "*batch"]:
     "The p-norm of every token's code."
     if not isinstance(c, SparseCode):
-        return torch.linalg.vector_norm(c, ord=p, dim=-1)
+        norm = torch.linalg.vector_norm(c, ord=p, dim=-1)
+        if not divides("latents"):
+            return norm
+        total = join_latents(norm if p == 1 else norm**p)
+    else:
+        total = join_latents(c.sum_per_token(c.values if p == 1 else c.values**p))
     if p == 1:
-        return c.sum_per_token(c.values)
-    total = c.sum_per_token(c.values**p)
+        return total
     positive = total > 0  # no active latent: norm and gradient are zero
     return torch.where(positive, torch.where(positive, total, 1.0) ** (1 / p), 0.0)
 
@@ -183,7 +188,7 @@ class _EncodePairs(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor):  # type: ignore[override]
         (x, W_enc), lists, need = ctx.saved_tensors, ctx.lists, ctx.needs_input_grad
         token, latent, _ = lists.active
-        grad_x = bag_sums(latent[lists.order], W_enc.T, lists.token_offsets, delta[lists.order]) if need[0] else None
+        grad_x = add(bag_sums(latent[lists.order], W_enc.T, lists.token_offsets, delta[lists.order]), "latents") if need[0] else None
         bias = delta.new_zeros(W_enc.shape[1]).index_add_(0, latent, delta)[lists.rows] if need[2] else None
         rows = bag_sums(token, x, lists.offsets, delta) if need[1] else None
         updates = zip(ctx.parameters, (rows, bias), (True, False), strict=True)
@@ -198,7 +203,7 @@ class _DecodePairs(torch.autograd.Function):
         latent = lists.active.latent
         norms = torch.linalg.vector_norm(W_dec, dim=1).clamp_min(1e-12)  # as F.normalize
         scaled = c / norms[latent]
-        output = bag_sums(latent[lists.order], W_dec, lists.token_offsets, scaled[lists.order]) + b_dec
+        output = add(bag_sums(latent[lists.order], W_dec, lists.token_offsets, scaled[lists.order]), "latents") + b_dec
         ctx.lists, ctx.in_place, ctx.parameter = lists, in_place, W_dec
         ctx.save_for_backward(c, W_dec, norms, scaled)
         return output
@@ -256,7 +261,7 @@ def _sparse_forward(sae: SAE, x: Tensor, target: Tensor | None, limit: float, in
     output = reconstruct(shaped.values, sae.W_dec, sae.b_dec)
     second = None if shaped.second is None else reconstruct(shaped.second, sae.W_dec.detach(), sae.b_dec.detach())
     code, on = SparseCode(shaped.values, active.token, active.latent, x.shape[:-1], sae.d_sae), shaped.values > 0
-    penalty = None if shaped.penalty is None else code.sum_per_token(shaped.penalty)
+    penalty = None if shaped.penalty is None else join_latents(code.sum_per_token(shaped.penalty))
     if not on.all():  # pairs that an architecture looked at and found silent
         code = SparseCode(code.values[on], code.token[on], code.latent[on], code.batch, sae.d_sae)
     return SAEActs(x, code, output, penalty, sae.auxiliary(x, output, second, x if target is None else target), target)  # type: ignore[arg-type]

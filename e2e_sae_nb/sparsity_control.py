@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .devices import add, batch_mean
 from .losses import LossConfig, SparsityConfig
 from .sparse_step import SparseCode, code_norm
 
@@ -46,10 +47,10 @@ class SparsityControl:
             return
         before, self.progress = self.p, progress
         if self.p != before:
-            old, new = (sum(code_norm(c, p).mean().item() for c in codes.values()) for p in (before, self.p))
+            old, new = (sum(batch_mean(code_norm(c, p)).item() for c in codes.values()) for p in (before, self.p))
             if old > 0 and math.isfinite(new):
                 self.scale *= old / new
         if self.config.target_l0 is not None:
-            counts = [c.l0().mean() if isinstance(c, SparseCode) else (c > 0).sum(-1).float().mean() for c in codes.values()]
-            found = max(float(torch.stack(counts).mean()), 1e-3)
+            counts = [add((c.l0() if isinstance(c, SparseCode) else (c > 0).sum(-1)).double(), "latents") for c in codes.values()]
+            found = max(float(torch.stack([batch_mean(count) for count in counts]).mean()), 1e-3)
             self.scale *= math.exp(self.config.control * max(-1.0, min(1.0, math.log(found / self.config.target_l0))))

@@ -28,6 +28,7 @@ from .config import to_dict
 from .core import UserError, config_hash
 from .dead_latents import DeadLatents
 from .data import TokenStream, check_stream, keep_mask, open_stream, special_token_ids
+from .devices import add, any_process, divides, my_rows, once, writes
 from .documents import Role
 from .e2e_sae_files import load_pretrained
 from .losses import Plan, dense_forward, make_plan, run_type
@@ -36,6 +37,7 @@ from .models import Subject, find_point, load_subject, resolve_points
 from .prefetch import Prefetch
 from .runs import RunConfig, new_run_dir, run_config
 from .sae import SAE, SAEActs, unit_mean_square_scale
+from .sharding import cut_sae, cut_state, whole_saes, whole_state
 from .sparse_step import SAEAdam, SparseCode, sparse_forward
 from .sparsity_control import SparsityControl
 from .splicing import check_replay, original_pass, places
@@ -78,12 +80,12 @@ class ActivationWindow:
         if self.every_n_samples == 0 or samples < self.next_at:
             return {}
         for name, c in acts.items():
-            self.counts[name] = self.counts.get(name, 0) + fired(c)
+            self.counts[name] = self.counts.get(name, 0) + add(fired(c), "batch")
         self.seen += tokens
         if self.seen < self.n_tokens:
             return {}
-        logged = {f"alive/{name}": float((n > 0).sum()) for name, n in self.counts.items()}
-        logged |= {f"frequent/{name}": float((n > 0.1 * self.seen).sum()) for name, n in self.counts.items()}
+        logged = {f"alive/{name}": float(add((n > 0).sum(), "latents")) for name, n in self.counts.items()}
+        logged |= {f"frequent/{name}": float(add((n > 0.1 * self.seen).sum(), "latents")) for name, n in self.counts.items()}
         logged["alive_tokens"] = float(self.seen)
         self.seen, self.counts, self.next_at = 0, {}, self.next_at + self.every_n_samples
         return logged
@@ -149,7 +151,7 @@ def begin(
         batch = check_stream(stream)
         check_stream(data_for(config, subject, "eval"))
         if config.compile:
-            compile_blocks(subject, batch.to(subject.device), partial(precision, config, subject))
+            compile_blocks(subject, my_rows(batch).to(subject.device), partial(precision, config, subject))
         else:
             restore_blocks(subject)  # an earlier run on the same subject may have compiled them
         if config.prefetch and (subject.device.type == "cuda" or config.train_data.streaming):
@@ -158,7 +160,7 @@ def begin(
     optimizer = SAEAdam(trainable(saes.values()), config.lr, config.adam_betas)
     window = ActivationWindow(config.collect_act_frequency_every_n_samples, config.act_frequency_n_tokens)
     return Training(config, subject, saes, plan, optimizer, stream, window, SparsityControl(config.loss.sparsity),
-                    DeadLatents(config.saes, config.seed), new_run_dir(config, name))
+                    DeadLatents(config.saes, config.seed), once(lambda: new_run_dir(config, name)))
 
 # %% ../nbs/12a_state.ipynb #b20922f3
 def subject_for(
@@ -196,29 +198,32 @@ def initial_saes(config: RunConfig, subject: Subject, names: list[str]) -> dict[
         sample = original_pass(subject, next(data_for(config, subject, "train")), places(saes), stop=True).activations
         for name in set(names) - set(loaded):
             saes[name].input_scale.copy_(unit_mean_square_scale(sample[inputs.get(name, name)]))
-    return {name: sae.to(subject.device) for name, sae in saes.items()}
+    return {name: cut_sae(sae).to(subject.device) for name, sae in saes.items()}
 
 # %% ../nbs/12a_state.ipynb #4779455e
 def save(t: Training) -> Path | None:  # The checkpoint's folder
-    "Write a checkpoint from which the run can continue."
+    "Write a checkpoint from which the run can continue, with as many processes as one likes."
     check_finite(t)
-    if t.folder is None:
+    if (folder := t.folder) is None:
         return None
-    t.logged = log.stat().st_size if (log := t.folder / "metrics.jsonl").exists() else 0
-    tensors = optimizer_tensors(t.optimizer) | {f"window/{name}": n for name, n in t.window.counts.items()}
-    tensors |= {f"silent/{name}": n for name, n in t.dead.silent.items()}
+    if writes():
+        t.logged = log.stat().st_size if (log := folder / "metrics.jsonl").exists() else 0
+    saes, counts = whole_saes(t.saes), {"window": t.window.counts, "silent": t.dead.silent}
+    tensors = optimizer_tensors(t.optimizer) | {f"{kind}/{name}": n for kind, found in counts.items() for name, n in found.items()}
+    tensors = whole_state(tensors, t.saes)
     state = {"samples": t.samples, "tokens": t.tokens, "steps": t.steps, "seconds": t.seconds, "stream": t.stream.state_dict(), "logged": t.logged,
              "window": {"next_at": t.window.next_at, "seen": t.window.seen}, "resampled": t.dead.resampled,
              "control": {"scale": t.control.scale, "progress": t.control.progress}}
     info = {"subject": t.subject.name, "processed_weights": t.config.processed_weights, "type": run_type(t.config.loss),
             "samples": t.samples, "config_hash": config_hash(to_dict(t.config))}
-    return save_checkpoint(t.folder / "checkpoints" / f"samples_{t.samples}", t.saes, info, tensors=tensors, state=state)
+    return once(lambda: save_checkpoint(folder / "checkpoints" / f"samples_{t.samples}", saes, info, tensors=tensors, state=state))
 
 # %% ../nbs/12a_state.ipynb #86ab87c8
 def check_finite(t: Training, norm: Tensor | None = None) -> None:
     "Stop a run whose gradient (given its norm) or weights have become infinite or no number."
     values = [p.detach().sum() for sae in t.saes.values() for p in sae.parameters()] if norm is None else [norm]
-    if not math.isfinite(sum(value.item() for value in values)):
+    broken = not math.isfinite(sum(value.item() for value in values))
+    if broken if divides("saes") else any_process(broken):  # of processes that share a run, all stop or none
         kept = list(checkpoints(t.folder).values()) if t.folder is not None else []
         start = f", or from its last checkpoint: saes.pretrained_sae_paths=[{kept[-1]}] and saes.retrain_saes=true" if kept else ""
         raise UserError(f"{'the gradient' if norm is not None else 'an SAE'} is no longer finite at sample {t.samples} (loss or weights exploded); train anew "
@@ -235,8 +240,7 @@ def resume(
     "The state of a run as of one of its checkpoints."
     path = Path(path)
     config = run_config(path)
-    with locked(path):
-        clear_up(path)
+    once(lambda: _clear_up_alone(path))
     kept = checkpoints(path)
     t = begin(replace(config, save_dir=None), subject, stream=stream)
     t.config, t.folder = config, path
@@ -244,11 +248,12 @@ def resume(
         return t
     folder = kept[max(kept) if samples is None else samples]
     saes, cfg = load_saes(folder, dtype=next(iter(t.saes.values())).W_enc.dtype), read_cfg(folder)
-    if {n: (s.architecture, s.d_in, s.d_sae) for n, s in saes.items()} != {n: (s.architecture, s.d_in, s.d_sae) for n, s in t.saes.items()}:
+    parts = {name: cut_sae(sae) for name, sae in saes.items()}
+    if {n: (s.architecture, s.d_in, s.d_sae) for n, s in parts.items()} != {n: (s.architecture, s.d_in, s.d_sae) for n, s in t.saes.items()}:
         raise UserError(f"{folder} holds other SAEs than {path / 'config.yaml'} and its network ask for; put back the configuration the run was begun with")
-    for name, sae in saes.items():
+    for name, sae in parts.items():
         t.saes[name].load_state_dict(sae.state_dict())
-    tensors, state = load_tensors(folder, "training.safetensors", cfg), load_state(folder, cfg)
+    tensors, state = cut_state(load_tensors(folder, "training.safetensors", cfg), t.saes), load_state(folder, cfg)
     restore_optimizer(t.optimizer, tensors)
     t.stream.load_state_dict(state["stream"])
     t.window.next_at, t.window.seen = state["window"]["next_at"], state["window"]["seen"]
@@ -259,6 +264,11 @@ def resume(
     t.samples, t.tokens, t.steps, t.seconds = (state[key] for key in ("samples", "tokens", "steps", "seconds"))
     t.logged = state.get("logged", -1)  # -1: written before this was noted
     return t
+
+
+def _clear_up_alone(path: Path) -> None:
+    with locked(path):
+        clear_up(path)
 
 # %% ../nbs/12a_state.ipynb #ecc9fdb6
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of a disk that is full or may not be written to
@@ -271,10 +281,8 @@ def writing(t: Training) -> Iterator[None]:
         yield
         return
     try:
-        with locked(t.folder):
-            clear_up(t.folder)
-            if (log := t.folder / "metrics.jsonl").exists() and 0 <= t.logged < log.stat().st_size:
-                os.truncate(log, t.logged)
+        with contextlib.ExitStack() as held:
+            once(lambda: _take(t, held))
             yield
     except (OSError, SafetensorError) as error:
         reason = next((os.strerror(number) for number in REFUSALS if getattr(error, "errno", None) == number or os.strerror(number) in str(error)), None)
@@ -282,3 +290,11 @@ def writing(t: Training) -> Iterator[None]:
             raise
         raise UserError(f"cannot write to {t.folder}: {reason}; its checkpoints so far are whole. Make room or make it writable, then continue with: "
                         f"e2e-sae train --resume {t.folder}") from None
+
+
+def _take(t: Training, held: contextlib.ExitStack) -> None:
+    assert t.folder is not None
+    held.enter_context(locked(t.folder))
+    clear_up(t.folder)
+    if (log := t.folder / "metrics.jsonl").exists() and 0 <= t.logged < log.stat().st_size:
+        os.truncate(log, t.logged)

@@ -10,6 +10,8 @@ import signal
 import threading
 from typing import Any
 
+from .devices import largest, world
+
 # %% ../nbs/11d_stopping.ipynb #97581cb1
 class StopRequest:
     "Notes the first Ctrl-C or SIGTERM instead of raising it; the second one is raised."
@@ -24,8 +26,14 @@ class StopRequest:
 
     def _note(self, number: int, _: Any) -> None:
         self.asked, again = number, self.asked
-        if again:
+        if again and world() == 1:  # torchrun passes on to its processes what a terminal has already sent them
             self.end()
+
+    def agreed(self) -> bool:
+        "Whether to stop now: as soon as any of the processes that work together was asked to."
+        if number := largest(self.asked):
+            self.asked = number
+        return bool(number)
 
     def end(self) -> None:
         "End as one does who was asked to."

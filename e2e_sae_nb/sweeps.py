@@ -14,6 +14,7 @@ from typing import Any
 
 from .config import from_dict, read_yaml, to_dict
 from .core import Stopwatch, UserError, config_hash, nearest, provenance, read_json, say, write_json
+from .devices import once
 from .frontiers import asked_for, frontier
 from .members import FrontierConfig
 from .models import Subject
@@ -86,8 +87,9 @@ def run_sweep(
         runs = frontier(config, subject=subject, resume=True)
         rows = [sweep_row(name, run) for run in runs]
         origin = provenance(to_dict(config), seed=base.seed, tokens=sum(r["tokens"] for r in rows), seconds=float(clock), device=subject.device)
-        write_json(out / name / "table.json", {"rows": rows, "provenance": origin})
-    return _join(parts, out, Path(table or out / "table.json"))
+        content = {"rows": rows, "provenance": origin}
+        once(lambda: write_json(out / name / "table.json", content))
+    return once(lambda: _join(parts, out, Path(table or out / "table.json")))
 
 # %% ../nbs/17_sweep.ipynb #6ad21579
 def _hash(config: FrontierConfig) -> str:

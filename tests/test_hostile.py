@@ -18,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+import e2e_sae_nb.memory as memory_module
 import e2e_sae_nb.training as training_module
 from e2e_sae_nb import RunConfig, load_run, train
 from e2e_sae_nb.checkpoint import checkpoints, latest_checkpoint, load_saes, load_state, load_tensors, locked, read_cfg, save_checkpoint
@@ -251,12 +252,15 @@ def test_out_of_memory_names_a_batch_that_fits(config, subject, tmp_path, monkey
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return before(subject, original, *rest)
 
-    monkeypatch.setattr(training_module, "objective", small_machine)
+    for module in (training_module, memory_module):
+        monkeypatch.setattr(module, "objective", small_machine)
     says = one_line("a batch_size of 4 fits", train, replace(config, batch_size=16, n_samples=48), subject=subject)
     assert "effective_batch_size 16" in says
-    monkeypatch.setattr(training_module, "objective", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    for module in (training_module, memory_module):
+        monkeypatch.setattr(module, "objective", lambda *_: (_ for _ in ()).throw(MemoryError()))
     one_line("not even a batch_size of 1", train, replace(config, wandb_run_name="other"), subject=subject)
-    monkeypatch.setattr(training_module, "objective", lambda *_: (_ for _ in ()).throw(RuntimeError("a mistake in the code")))
+    for module in (training_module, memory_module):
+        monkeypatch.setattr(module, "objective", lambda *_: (_ for _ in ()).throw(RuntimeError("a mistake in the code")))
     with pytest.raises(RuntimeError, match="a mistake"):
         train(replace(config, wandb_run_name="third"), subject=subject)
 

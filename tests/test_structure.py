@@ -64,6 +64,7 @@ def test_notebook(path):
         source = "".join(cell["source"])
         if cell["cell_type"] == "code":
             assert not any(o["output_type"] == "error" for o in cell["outputs"])
+            assert all(o["metadata"].get("image/png", {}).get("alt") for o in cell["outputs"] if "image/png" in o.get("data", {})), f"a figure without alt_text: {source[:80]}"
             if "new_axes(" in source and not directives(source) & {"export", "exports", "exporti", "hide"}:
                 assert any("image/png" in o.get("data", {}) for o in cell["outputs"]), f"a cell draws a figure that is not shown: {source[:80]}"
             if directives(source) & EXPORTS:
