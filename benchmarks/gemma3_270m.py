@@ -92,15 +92,15 @@ def memory(side: str) -> dict[str, Any]:
 
 
 def training(kind: str, steps: int) -> dict[str, Any]:
-    "A short run through `train`, as a user would make it."
+    "A short run through `train`, as a user would make it. Rows begin with the token that Gemma expects there; without it, it predicts badly."
     from e2e_sae_nb.runs import RunConfig
     from e2e_sae_nb.training import train
 
     loss = {"local": {"out_to_orig": {"coeff": 1.0}}, "e2e": {"logits_kl": {"coeff": 1.0}}}[kind]
-    config = {"tlens_model_path": str(FOLDER), "train_data": {"dataset_name": str(TEXT), "n_ctx": N_CTX, "seed": 0},
+    config = {"tlens_model_path": str(FOLDER), "train_data": {"dataset_name": str(TEXT), "n_ctx": N_CTX, "seed": 0, "add_bos": True},
               "saes": {"sae_positions": PLACE, "dict_size_to_input_ratio": RATIO, "architecture": "topk", "k": 64, "activation_norm": "unit"},
               "loss": {"sparsity": {"coeff": 0.0}, **loss}, "lr": 1e-3, "batch_size": BATCH, "n_samples": BATCH * steps, "warmup_samples": BATCH * steps // 10,
-              "eval_n_samples": 40, "eval_every_n_samples": 0, "max_grad_norm": 1.0, "log_every_n_grad_steps": 1, "compute_dtype": "bfloat16",
+              "eval_n_samples": 10, "eval_every_n_samples": 0, "max_grad_norm": 1.0, "log_every_n_grad_steps": 1, "compute_dtype": "bfloat16",
               "collect_act_frequency_every_n_samples": 0, "save_dir": str(FOLDER.parent / "gemma3-runs")}
     run = train(RunConfig.from_dict(config))
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
@@ -121,7 +121,7 @@ def part(name: str, steps: int) -> dict[str, Any]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--gguf", help="the model file; assembled from the package's parts if not given")
-    options.add_argument("--steps", type=int, default=300, help="optimizer steps per run")
+    options.add_argument("--steps", type=int, default=150, help="optimizer steps per run")
     options.add_argument("--part", help=argparse.SUPPRESS)
     chosen = options.parse_args()
     if chosen.part:

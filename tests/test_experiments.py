@@ -56,7 +56,7 @@ def test_architectures_sweep(subject, data, tmp_path):
     assert len(read_sweep(ROOT / "data" / "sweeps" / "architectures.yaml")) == 9
 
 
-@pytest.mark.parametrize("architecture", ["relu", "topk", "gated"])
+@pytest.mark.parametrize("architecture", ["relu", *(pytest.param(name, marks=pytest.mark.full) for name in ("topk", "gated"))])
 def test_finetune_compute(architecture, subject, data, tmp_path, monkeypatch):
     module = benchmark("finetune_compute")
     monkeypatch.setattr(module, "PLACE", PLACE)
