@@ -271,10 +271,7 @@ def test_a_killed_process_ends_the_others_with_a_message(place):
     goes_on(place, "killed", run, 1)
 
 
-<<<<<<< HEAD
-=======
 @pytest.mark.full
->>>>>>> integ
 def test_two_processes_stop_at_the_same_step(place):
     "torchrun is told to stop, as by a cluster: both processes finish the step, one saves, and one goes on."
     said, seconds, run = interrupt(place, "stopped", None, signal.SIGTERM)
