@@ -40,7 +40,7 @@ def new_axes(
     matplotlib.interactive(interactive)
     return figure, list(axes[0])
 
-
+# %% ../nbs/02_plotting.ipynb #c25b4a74
 def alt_text(
     figure: Figure,
     text: str,  # What the figure shows, in a sentence
