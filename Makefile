@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
+# tests run side by side, as many as there are cores (at most 4: each worker holds torch and a model)
+BESIDE := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help demo test test-full test-gpu faults lint check lab docs bench clean
 
@@ -40,7 +42,7 @@ check: $(STAMP)  ## notebooks clean, modules and README in step with them
 	$(BIN)/python tools/readme.py --check
 
 test: lint check  ## what CI runs
-	$(BIN)/python -m pytest -m "not full and not gpu" $(ARGS)
+	$(BIN)/python -m pytest $(BESIDE) -m "not full and not gpu" $(ARGS)
 
 test-full: lint check  ## also what needs a browser, other packages or minutes
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)

@@ -80,12 +80,13 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--samples", type=int, default=SAMPLES)
     options.add_argument("--out", type=Path, default=OUT)
+    options.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="only these")
     options.add_argument("--runs", type=Path, default=Path("out/finetune_compute"))
     chosen = options.parse_args()
     subject = load_subject("docstrings", device="cpu")
     parts = read_json(chosen.out)["parts"] if chosen.out.is_file() else {}
     for seed in SEEDS:
-        for architecture in ARCHITECTURES:
+        for architecture in chosen.architectures:
             name = f"{architecture} {seed}"
             if name in parts:
                 continue

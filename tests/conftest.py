@@ -11,6 +11,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():  # read when triton is first imported, whichever test does that
     os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(ROOT / "tools"))
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # threads of several processes that wait for each other on the same cores stand still
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

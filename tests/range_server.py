@@ -1,9 +1,12 @@
 """A web server for tests, in a process of its own: parts of files on request, and moods that can be changed by a file.
 
 `python range_server.py FOLDER PORT [MOODS]`; each line of MOODS is one answer's mood, taken in turn and then none:
-`500` (an error), `cut` (half of the body, then the connection is closed), `silent` (nothing for two seconds), `drip` (in small pieces).
+`500` (an error), `cut` (half of the body, then the connection is closed), `silent` (nothing for two seconds), `drip` (in small pieces),
+`die` (half of the body, then the whole server is gone as by SIGKILL).
 """
 
+import os
+import signal
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,13 +40,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if mood == "cut":
+        if mood in ("cut", "die"):
             body = body[: len(body) // 2]
         step = max(1, len(body) // 20) if mood == "drip" else 2**14
         for start in range(0, len(body), step):
             self.wfile.write(body[start : start + step])
             if mood == "drip":
                 time.sleep(0.01)
+        if mood == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 ThreadingHTTPServer.allow_reuse_address = True
