@@ -78,17 +78,19 @@ def resample(
 # %% ../nbs/09a_dead.ipynb #8a67906a
 @dataclass
 class DeadLatents:
-    "Tokens since each latent of a run fired, and what is done about those that are dead."
+    "Tokens on which each latent of a run might have fired since it did, and what is done about those that are dead."
     config: SAEConfig
     seed: int = 0
     silent: dict[str, Tensor] = field(default_factory=dict)  # hook name -> tokens since firing [d_sae]
     resampled: dict[str, int] = field(default_factory=dict)  # hook name -> latents set anew so far
 
-    def observe(self, codes: Mapping[str, Tensor | SparseCode], tokens: int) -> None:
-        "Count a batch of training; of processes that share it, `codes` are one's share, `tokens` are all."
+    def observe(self, codes: Mapping[str, Tensor | SparseCode], tokens: int, widths: Mapping[str, int] | None = None) -> None:
+        "Count a batch of training; of processes that share it, `codes` are one's share, `tokens` are all. `widths`: latents that could fire; all if not given."
         for name, c in codes.items():
             counts = add(fired(c), "batch")
-            self.silent[name] = (self.silent.get(name, torch.zeros_like(counts)) + tokens) * (counts == 0)
+            silent = self.silent.get(name, torch.zeros_like(counts))
+            silent[: (widths or {}).get(name)] += tokens
+            self.silent[name] = silent * (counts == 0)
 
     def dead(self, name: str) -> Bool[Tensor, " d_sae"]:
         return self.silent[name] > self.config.dead_after

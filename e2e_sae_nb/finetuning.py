@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from .architectures import TopK
-from .checkpoint import latest_checkpoint
+from .checkpoint import latest_checkpoint, load_state, read_cfg
 from .core import UserError
 from .losses import Coeff, KLCoeff, LossConfig
 from .models import Subject
@@ -27,16 +27,18 @@ def finetune_config(
     "The configuration of a run's fine-tune."
     if run.path is None:
         raise UserError("a fine-tune starts from a run folder; this run kept none (save_dir was null)")
-    base, sparsity = run.config, replace(run.config.loss.sparsity, p_end=None)
+    base, folder = run.config, latest_checkpoint(run.path)
+    control = load_state(folder, read_cfg(folder)).get("control", {"scale": 1.0}) if (folder / "training.json").is_file() else {"scale": 1.0}  # what the penalty had become at the end
+    sparsity = replace(base.loss.sparsity, p_end=None, coeff=base.loss.sparsity.coeff * control["scale"])
     if not all(isinstance(sae, TopK) for sae in run.saes.values()) and sparsity.coeff > 0:
         if not run.summary:
             raise UserError(f"{run.path} has no summary with its L0, which a fine-tune is to keep; finish it or evaluate it first")
         l0 = [position["l0"] for position in run.summary["positions"].values()]
-        sparsity = replace(sparsity, target_l0=sum(l0) / len(l0), control=0.001, p_norm=base.loss.sparsity.p_end or sparsity.p_norm)
+        sparsity = replace(sparsity, target_l0=sum(l0) / len(l0), control=0.01, p_norm=base.loss.sparsity.p_end or sparsity.p_norm)
     loss = LossConfig(sparsity, out_to_in=Coeff(0.5), logits_kl=KLCoeff(0.5, balance=True))
-    saes = replace(base.saes, pretrained_sae_paths=(str(latest_checkpoint(run.path)),), retrain_saes=True)
+    saes = replace(base.saes, pretrained_sae_paths=(str(folder),), retrain_saes=True)
     seed = base.train_data.seed if base.train_data.seed is not None else base.seed
-    new = {"loss": loss, "saes": saes, "lr": lr, "n_samples": n_samples, "lr_schedule": "linear", "warmup_samples": 0, "cooldown_samples": n_samples,
+    new = {"loss": loss, "saes": saes, "lr": lr, "n_samples": n_samples, "lr_schedule": "linear", "warmup_samples": 0, "cooldown_samples": n_samples, "max_grad_norm": 1.0,
            "save_dir": run.path.parent, "train_data": replace(base.train_data, seed=seed + 1), "wandb_run_name": f"{run.path.name}_finetuned"}
     return replace(base, **new | changes)
 

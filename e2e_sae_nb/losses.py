@@ -294,6 +294,6 @@ def weigh(
     if loss.logits_kl is not None and loss.logits_kl.balance and "logits_kl" in terms:
         means = {name: value.detach() for name, value in (means or terms).items()}
         errors = torch.stack([value for name, value in means.items() if name.startswith("out_to_in/")])
-        terms = {**terms, "logits_kl": terms["logits_kl"] * (errors.mean() / (means["logits_kl"] + 1e-8))}
+        terms = {**terms, "logits_kl": terms["logits_kl"] * (errors.sum() / (means["logits_kl"] + 1e-8))}
     weighted = [weights[name.partition("/")[0]] * value for name, value in terms.items() if weights[name.partition("/")[0]] > 0]
     return torch.stack(weighted).sum() if weighted else torch.zeros(())

@@ -42,8 +42,8 @@ class SAEConfig:
     resample_every_n_samples: int | None = None  # how often dead latents get a second start; None: never
     resample_until_n_samples: int | None = None  # and until when; None: to the end
     prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # matryoshka: shares of the dictionary that have to do alone
-    bandwidth: float = 0.05  # jumprelu: width of the window in which thresholds get a gradient
-    threshold: float = 0.01  # jumprelu: where they start
+    bandwidth: float | None = None  # jumprelu: width of the window in which thresholds get a gradient; None: from a sample of activations
+    threshold: float | None = None  # jumprelu: where they start; None: where the wished-for number is active
 
     def __post_init__(self):
         check_sae_config(self)
@@ -60,7 +60,7 @@ def check_sae_config(c: SAEConfig) -> None:
     if c.sharded and c.resample_every_n_samples is not None:
         raise UserError("saes.sharded: dead latents are not resampled in a dictionary of which every process has only a part; leave out "
                         "resample_every_n_samples, or sharded (processes then share each batch)")
-    if c.k is not None and c.k < 1 or c.dead_after < 1 or c.aux_coeff < 0 or c.bandwidth <= 0 or c.threshold <= 0:
+    if c.k is not None and c.k < 1 or c.dead_after < 1 or c.aux_coeff < 0 or min(c.bandwidth or 1, c.threshold or 1) <= 0 or 0 in (c.bandwidth, c.threshold):
         raise UserError("saes: k, dead_after, bandwidth and threshold must be positive, aux_coeff not negative")
     if not c.prefixes or sorted(c.prefixes) != list(c.prefixes) or c.prefixes[0] <= 0 or c.prefixes[-1] != 1:
         raise UserError(f"saes.prefixes must be ascending shares that end with 1, got {list(c.prefixes)}")
@@ -102,6 +102,7 @@ class Architecture(nn.Module):
     architecture = "relu"
     b_enc: nn.Parameter
     b_dec: nn.Parameter
+    d_sae: int  # number of latents
     d_out: int  # width of the output
     reads: str | None  # a transcoder's input hook point; None: it reads what it replaces
 
@@ -116,6 +117,10 @@ class Architecture(nn.Module):
     def auxiliary(self, x: Float[Tensor, "*batch d_in"], output: Tensor, second: Tensor | None, wanted: Tensor) -> Float[Tensor, "*batch"] | None:
         "An auxiliary loss per token; `second` is `Shaped.second`, decoded, and `wanted` what the output is to be."
         return None
+
+    def width(self) -> int:
+        "How many latents, from the first on, can fire at present."
+        return self.d_sae
 
     def options(self) -> dict[str, Any]:
         "What `new_sae` needs beside the sizes: settings, as `SAEConfig` names them, and where a transcoder reads."

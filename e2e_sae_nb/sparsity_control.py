@@ -54,3 +54,4 @@ class SparsityControl:
             counts = [add((c.l0() if isinstance(c, SparseCode) else (c > 0).sum(-1)).double(), "latents") for c in codes.values()]
             found = max(float(torch.stack([batch_mean(count) for count in counts]).mean()), 1e-3)
             self.scale *= math.exp(self.config.control * max(-1.0, min(1.0, math.log(found / self.config.target_l0))))
+            self.scale = min(1e4, max(1e-4, self.scale))  # so that a wish that cannot be met does not end in numbers that cannot be undone

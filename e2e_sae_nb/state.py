@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .architectures import make_saes, trainable
+from .architectures import fit_to_sample, make_saes, trainable
 from .checkpoint import checkpoints, clear_up, load_saes, load_state, load_tensors, locked, optimizer_tensors, read_cfg, restore_optimizer, save_checkpoint
 from .compiling import compile_blocks, restore_blocks
 from .config import to_dict
@@ -36,7 +36,7 @@ from .metrics import fired
 from .models import Subject, find_point, load_subject, resolve_points
 from .prefetch import Prefetch
 from .runs import RunConfig, new_run_dir, run_config
-from .sae import SAE, SAEActs, unit_mean_square_scale
+from .sae import SAE, SAEActs
 from .sharding import cut_sae, cut_state, whole_saes, whole_state
 from .sparse_step import SAEAdam, SparseCode, sparse_forward
 from .sparsity_control import SparsityControl
@@ -194,10 +194,10 @@ def initial_saes(config: RunConfig, subject: Subject, names: list[str]) -> dict[
     saes |= {name: sae.requires_grad_(config.saes.retrain_saes).train(config.saes.retrain_saes) for name, sae in loaded.items()}
     if not trainable(saes.values()):
         raise UserError("every SAE comes from pretrained_sae_paths and retrain_saes is false, so there is nothing to train")
-    if config.saes.activation_norm == "unit":
+    if config.saes.activation_norm == "unit" or config.saes.architecture == "jumprelu":
         sample = original_pass(subject, next(data_for(config, subject, "train")), places(saes), stop=True).activations
         for name in set(names) - set(loaded):
-            saes[name].input_scale.copy_(unit_mean_square_scale(sample[inputs.get(name, name)]))
+            fit_to_sample(saes[name], sample[inputs.get(name, name)], config.saes, config.loss.sparsity.target_l0)
     return {name: cut_sae(sae).to(subject.device) for name, sae in saes.items()}
 
 # %% ../nbs/12a_state.ipynb #4779455e

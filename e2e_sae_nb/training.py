@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .architectures import observe, trainable
+from .architectures import observe, only_kept, trainable
 from .checkpoint import checkpoints
 from .config import to_dict
 from .core import Stopwatch, UserError, peak_memory_bytes, provenance, say, write_json
@@ -56,20 +56,21 @@ def passes_per_step(config: RunConfig) -> int:
 def accumulate(t: Training, tokens: Tensor, original: Original) -> dict[str, float]:  # What to log
     "Add one batch's gradient."
     keep = t.keep(tokens)
-    with t.precision():
+    with t.precision(), only_kept(t.saes, keep):
         result = objective(t.subject, original, t.saes, t.control.loss(t.config.loss), t.plan, keep, t.forward)
     here = tokens.numel() if keep is None else int(keep.sum())
     sequences, everything, counting = add_numbers([len(tokens), tokens.numel(), here], "batch")
     total, result = of_whole_batch(t, result, here / max(1, counting))
     (total / passes_per_step(t.config)).backward()
-    observe(t.saes, {name: acts.c for name, acts in result.acts.items()})
     codes = {name: counted(acts.c.detach(), keep) for name, acts in result.acts.items()}
     already, t.samples, t.tokens = t.samples, t.samples + sequences, t.tokens + everything
     values = t.window.add(codes, already, counting)
-    t.dead.observe(codes, counting)
+    t.dead.observe(codes, counting, {name: sae.width() for name, sae in t.saes.items()})
+    observe(t.saes, codes)
     if t.dead.due(already, t.samples):
         t.dead.resample(t.saes, result.acts, keep, t.optimizer, t.samples)
-    t.control.observe(codes, 0.0 if t.config.n_samples is None else t.samples / t.config.n_samples)
+    if t.samples % (passes_per_step(t.config) * t.config.batch_size) < t.config.batch_size:  # once per optimizer step
+        t.control.observe(codes, 0.0 if t.config.n_samples is None else t.samples / t.config.n_samples)
     if _logs_now(t):
         values |= log_values(result, codes) | t.dead.counts()
         if t.control.moves:
@@ -230,6 +231,8 @@ def finish(t: Training, log: MetricsLog, seconds: float, result: EvalResult | No
     result = result or evaluate_training(t)
     log.write(t.samples, flat_values(result))
     summary = summarise(t, result) | further
+    if (wish := t.config.loss.sparsity.target_l0) is not None and not 0.8 < (found := float(sum(p.l0 for p in result.positions.values()) / len(t.saes))) / wish < 1.25:
+        say(f"{t.folder or 'the run'}: {found:.3g} latents are active, not the {wish:g} asked for; train longer, start from another sparsity.coeff, or raise sparsity.control")
     if (folder := t.folder) is not None:
         once(lambda: write_json(folder / "summary.json", summary))
         once(lambda: write_json(folder / "evaluation.json", {"evaluation": result.to_dict(), "provenance": summary["provenance"]}))

@@ -53,9 +53,9 @@ def test_architectures_sweep(subject, data, tmp_path):
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     table = read_json(run_sweep(path, tmp_path / "out", subject=subject, only=["topk"]))
     assert table["missing"] == [name for name in names if name != "topk"]
-    assert [(r["type"], r["architecture"], r["target_l0"], r["l0"]) for r in table["rows"]] == [(t, "topk", k, k) for t in ("e2e", "e2e+ds") for k in (15, 30, 60)]
+    assert [(r["type"], r["architecture"], r["target_l0"], r["l0"]) for r in table["rows"]] == [(t, "topk", k, k) for t in ("e2e", "e2e+ds") for k in (20, 45)]
     table = read_json(run_sweep(path, tmp_path / "out", subject=subject))
-    assert table["missing"] == [] and len(table["rows"]) == 9 + 9 + 21
+    assert table["missing"] == [] and len(table["rows"]) == 6 + 6 + 21
     found = {(r["type"], r["architecture"], r["p_end"]) for r in table["rows"] if r["part"] == "rate 3e-3"}
     assert len(found) == 21 and ("e2e", "relu", 0.5) in found and all(r["target_l0"] == 30 for r in table["rows"] if r["part"] == "rate 3e-3")
 
@@ -72,7 +72,7 @@ def test_the_architectures_sweep_is_fair():
     for name, part in mains.items():
         kinds = ["local"] if name.endswith("local") else ["e2e", "e2e+ds"]
         asked = {kind: sorted(c.saes.k if c.saes.architecture in TAKE_K else c.loss.sparsity.target_l0 for c in members(part, subject) if run_type(c.loss) == kind) for kind in kinds}
-        assert asked == dict.fromkeys(kinds, sorted([15, 30, 60] * 3)) and tuple(part.seeds) == (0, 1, 2), name
+        assert asked == dict.fromkeys(kinds, sorted([20, 45] * 3)) and tuple(part.seeds) == (0, 1, 2), name
         assert samples[name] * cost[kinds[0]] == pytest.approx(samples["relu"] * cost["e2e"], rel=0.01)
     assert cost["e2e+ds"] == pytest.approx(cost["e2e"], rel=0.05)
 
