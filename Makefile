@@ -50,8 +50,8 @@ test-full: lint check  ## also what needs a browser, other packages or minutes
 test-gpu: $(STAMP)  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-faults: $(STAMP)  ## 200 kills at random moments, resumed and compared bit for bit (data/results/faults.json)
-	OMP_NUM_THREADS=1 E2E_SAE_PROGRESS=0 $(BIN)/python tests/faults.py $(ARGS)
+faults: $(STAMP)  ## 200 kills at random moments, resumed and compared bit for bit, and 20 of compiled runs (data/results/faults.json)
+	OMP_NUM_THREADS=1 E2E_SAE_PROGRESS=0 $(BIN)/python tests/faults.py --compiled 20 $(ARGS)
 
 clean:  ## remove builds and caches, keep the environment and out/
 	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -57,8 +57,8 @@ class JumpReLU(SAE):
         "Start thresholds where this share of pre-activations on a sample exceeds them, with a window of a quarter of their spread."
         pre = self.pre_activations(x.flatten(0, -2)[: max(1, 2**23 // self.d_sae)])
         if threshold:
-            above = pre.flatten().topk(max(1, round(share * pre.numel()))).values[-1]
-            self.log_threshold.fill_(float(above.clamp_min(1e-6).log()))
+            between = pre.flatten().topk(1 + min(pre.numel() - 1, max(1, round(share * pre.numel())))).values[-2:].mean()  # equal to none
+            self.log_threshold.fill_(float(between.clamp_min(1e-6).log()))
         if bandwidth:
             self.bandwidth = float(pre.std()) / 4
 
@@ -160,13 +160,13 @@ def fit_to_sample(
     sae: SAE,
     x: Float[Tensor, "*batch d_in"],  # Some of its inputs
     config: SAEConfig,
-    target_l0: float | None = None,  # Active latents wished for; None: a tenth of them
+    target_l0: float | None = None,  # Active latents wished for
 ) -> None:
     "Set, in place, what a fresh SAE takes from a sample of activations: the scale of its input, JumpReLU's thresholds and window."
     if config.activation_norm == "unit":
         sae.input_scale.copy_(unit_mean_square_scale(x))
     if isinstance(sae, JumpReLU):
-        share = 0.1 if target_l0 is None else min(1.0, target_l0 / sae.d_sae)
+        share = 0.1 if target_l0 is None else min(0.5, 2 * target_l0 / sae.d_sae)
         sae.calibrate(x.to(sae.W_enc.device), share, config.threshold is None, config.bandwidth is None)
 
 # %% ../nbs/06b_architectures.ipynb #e0805aa9

@@ -189,8 +189,8 @@ def initial_saes(config: RunConfig, subject: Subject, names: list[str]) -> dict[
     for name, sae in loaded.items():
         if sae.reads != inputs.get(name):
             raise UserError(f"the pretrained SAE at {name} reads {sae.reads or name}, but here it would read {inputs.get(name, name)}; see saes.input_positions")
-        if sae.d_in != saes[name].d_in:
-            raise UserError(f"the pretrained SAE at {name} has width {sae.d_in}, but {subject.name} has {saes[name].d_in} there; was it trained on another network?")
+        if (sae.d_in, sae.d_out) != (saes[name].d_in, saes[name].d_out):
+            raise UserError(f"the pretrained SAE at {name} has width {sae.d_out}, but {subject.name} has {saes[name].d_out} there; was it trained on another network?")
     saes |= {name: sae.requires_grad_(config.saes.retrain_saes).train(config.saes.retrain_saes) for name, sae in loaded.items()}
     if not trainable(saes.values()):
         raise UserError("every SAE comes from pretrained_sae_paths and retrain_saes is false, so there is nothing to train")

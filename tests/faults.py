@@ -120,6 +120,10 @@ class Suite:
         self.counts = dict.fromkeys(("kills", "kills_during_a_write", "kills_before_the_first_checkpoint", "resumes", "finished_runs", "corrupt_checkpoints",
                                      "failed_resumes", "differing_results"), 0)
 
+    def short_of(self, kills: int) -> bool:
+        "Whether there were fewer kills, or fewer resumes after them."
+        return min(self.counts["kills"], self.counts["resumes"]) < kills
+
     def words(self, kind: str, resume: bool) -> list[str]:
         if kind == "train":
             return ["train", "--resume", "out/run"] if resume else ["train", "train.yaml"]
@@ -143,14 +147,14 @@ class Suite:
         return content(self.runs(kind, folder))
 
     def cut(self, kind: str, folder: Path, kills: int, expected: dict[str, object]) -> None:
-        "One run, killed until it ends or until there were enough kills; then it is left to end."
+        "One run, killed until it ends or until there were enough kills and resumes; then it is left to end."
         prepare(folder, self.compiled)
         status = None
         resume = False
         while status is None:
             process = start(self.words(kind, resume), folder)
             self.counts["resumes"] += resume
-            status = self.wait(kind, folder, process) if self.counts["kills"] < kills else os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            status = self.wait(kind, folder, process) if self.short_of(kills) else os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
             runs = self.runs(kind, folder)
             if status is None:
                 os.kill(process, signal.SIGKILL)
@@ -208,7 +212,7 @@ def faults(kills: int = 200, seed: int = 0, kinds: tuple[str, ...] = ("train", "
     try:
         alone: dict[str, tuple] = {}
         turn = 0
-        while suite.counts["kills"] < kills and not suite.counts["failed_resumes"]:
+        while suite.short_of(kills) and not suite.counts["failed_resumes"]:
             kind = kinds[turn % len(kinds)]
             if kind not in alone:
                 (Path(folder) / kind).mkdir()

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,10 @@ from e2e_sae_nb import RunConfig, evaluate, load_run, train
 from e2e_sae_nb.architectures import ARCHITECTURES
 from e2e_sae_nb.checkpoint import latest_checkpoint
 from e2e_sae_nb.core import UserError, read_json, write_json
+from e2e_sae_nb.finetuning import finetune, finetune_config
+from e2e_sae_nb.losses import run_original
 from e2e_sae_nb.models import subject_from_model, tiny_model, tiny_subject
+from e2e_sae_nb.sae import TAKE_K
 from e2e_sae_nb.sparse_step import sparse_forward
 from e2e_sae_nb.state import begin, resume, save
 from e2e_sae_nb.training import train_step
@@ -47,13 +51,19 @@ def config(architecture, kind, tokens, folder=None, **changes):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "annealed"])
 def test_trains(architecture, loss, subject, tokens, tmp_path):
-    run = train(config(architecture, loss, tokens, tmp_path), subject=subject)
+    annealed, architecture = architecture == "annealed", "relu" if architecture == "annealed" else architecture
+    c = config(architecture, loss, tokens, tmp_path)
+    if annealed:
+        c = replace(c, loss=replace(c.loss, sparsity=replace(c.loss.sparsity, p_end=0.5)))
+    run = train(c, subject=subject)
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     key = next(k for k in lines[0] if k.startswith("loss/") and k.split("/")[1] in ("out_to_in", "logits_kl"))
     course = [line[key] for line in lines if key in line]
     assert sum(course[-10:]) < 0.9 * sum(course[:10]), course
+    active = [line[f"l0/{PLACE}"] for line in lines if f"l0/{PLACE}" in line]
+    assert architecture in TAKE_K or active[-1] < active[0], active
     again = load_run(run.path)
     x = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
     assert type(again.saes[PLACE]) is ARCHITECTURES[architecture]
@@ -113,3 +123,47 @@ def test_a_checkpoint_of_another_kind_is_refused(subject, tokens, tmp_path):
     write_json(path, cfg)
     with pytest.raises(UserError, match="unknown architecture 'octopus'"):
         load_run(run.path)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka"])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_excluded_tokens_decide_nothing(architecture, sparse, subject, tokens, monkeypatch):
+    "What an excluded first position holds changes neither gradients nor counters."
+    monkeypatch.setattr("e2e_sae_nb.state.sparse_forward", partial(sparse_forward, limit=1.0))
+    runs = [begin(config(architecture, "local", tokens, exclude_first_position=True, sparse_step=sparse), subject) for _ in range(2)]
+    original = run_original
+    def loud(*args):
+        found = original(*args)
+        found.activations = {name: x * torch.where(torch.arange(x.shape[1]) == 0, 40.0, 1.0)[:, None] for name, x in found.activations.items()}
+        return found
+    for t, way in zip(runs, (original, loud), strict=True):
+        monkeypatch.setattr("e2e_sae_nb.training.run_original", way)
+        for sae in t.saes.values():
+            sae.silent[::3] = 1000  # dead, so that the auxiliary loss is at work
+        for _ in range(4):
+            train_step(t)
+    for (name, p), (_, q) in zip(*(t.saes[PLACE].state_dict().items() for t in runs), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
+    assert torch.equal(*(t.dead.silent[PLACE] for t in runs)) and torch.equal(*(t.saes[PLACE].silent for t in runs))
+
+
+def test_matryoshka_counts_one_way(subject, tokens):
+    "The SAE's own count of silent tokens and the run's are the same."
+    t = begin(config("matryoshka", "local", tokens), subject)
+    for _ in range(12):
+        train_step(t)
+    assert torch.equal(t.saes[PLACE].silent, t.dead.silent[PLACE])
+
+
+@pytest.mark.parametrize("architecture", ["relu", "annealed", "jumprelu", "gated"])
+def test_a_fine_tune_begins_where_the_penalty_ended(architecture, subject, tokens, tmp_path):
+    "A coefficient that followed a target or an exponent is taken over as it was at the end; L0 is held."
+    p_end, architecture = (0.5 if architecture == "annealed" else None), "relu" if architecture == "annealed" else architecture
+    loss = {"sparsity": {"coeff": 2.0, "target_l0": 12, "control": 0.05, "p_end": p_end}, **LOSSES["local"]}
+    run = train(config(architecture, "local", tokens, tmp_path, loss=loss, n_samples=1200), subject=subject)
+    cfg = read_json(latest_checkpoint(run.path) / "training.json")
+    made = finetune_config(run, 120, 1e-3)
+    assert made.loss.sparsity.coeff == pytest.approx(2.0 * cfg["control"]["scale"]) and made.loss.sparsity.p_norm == (p_end or 1.0)
+    tuned = finetune(run, 120, 1e-3, subject=subject)
+    before, after = (r.summary["positions"][PLACE]["l0"] for r in (run, tuned))
+    assert after == pytest.approx(before, rel=0.25)
