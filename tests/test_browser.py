@@ -52,7 +52,7 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
-def page(browser, dashboard, tmp_path) -> Browser:
+def page(browser, dashboard, tmp_path):
     "The dashboard, freshly opened from a file."
     browser.size(1280)
     browser.open(dashboard.write(tmp_path / "features.html").as_uri())

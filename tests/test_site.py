@@ -90,7 +90,7 @@ def search(browser: Browser, address: str, word: str) -> list[str]:
     browser.type("/")
     assert browser.js("document.activeElement.type") == "search"
     browser.type(word)
-    browser.wait("document.querySelector('.smalldocs-search-results.show')")
+    browser.wait("document.querySelector('.smalldocs-search-results.show') !== null")
     return browser.js("[...document.querySelectorAll('.search-result')].map(a => new URL(a.href).pathname.slice(1))")
 
 
