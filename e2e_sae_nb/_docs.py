@@ -136,7 +136,7 @@ def _mathml(match: re.Match, wrong: list[str]) -> str:
         return match[0]
     if unknown := re.search(r"<mi>(\\[A-Za-z]+)</mi>", result):  # it lets macros it does not know pass as text
         wrong.append(f"unknown macro {unknown[1]} in formula {formula!r}")
-    return result
+    return f'<span class="formula">{result}</span>' if match[1] == "display" else result  # what is too long scrolls by itself
 
 
 def _offline(out: Path) -> list[str]:
