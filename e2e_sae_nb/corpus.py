@@ -108,7 +108,7 @@ def window_hashes(
     tokens: np.ndarray,  # [n] integers
     width: int = 32,  # Tokens per window
 ) -> np.ndarray:  # [max(0, n - width + 1)] uint64
-    "Hash every window of `width` consecutive tokens: the sum of (token + 1) * base**offset modulo 2**64."
+    "Hash every window of `width` consecutive tokens: the sum of `(token + 1) * base**offset` modulo `2**64`."
     n = len(tokens) - width + 1
     if n <= 0:
         return np.zeros(0, dtype=np.uint64)

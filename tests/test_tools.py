@@ -1,5 +1,6 @@
 """The tools around the notebooks: landing page, link checker, documentation glue, and what the wheel carries."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import check_site
 import pytest
 import readme
+import yaml
 from conftest import ROOT
 
 from e2e_sae_nb import _docs
@@ -71,6 +73,46 @@ def test_docs_make_pages_load_nothing(tmp_path):
     assert "<mfrac>" in (tmp_path / "a.html").read_text() and check_site.problems(tmp_path) == []
 
 
+def test_what_quarto_writes_becomes_offline(tmp_path):
+    "The step that `_quarto.yml` names, on a page like Quarto's: its own files and text stay, what is loaded from elsewhere goes."
+    site = tmp_path / "site"
+    shutil.copytree(ROOT / "tests" / "golden" / "quarto", site)
+    page, sheet = site / "nbs" / "page.html", site / "site_libs" / "bootstrap" / "bootstrap.min.css"
+    before, found = page.read_text(), check_site.problems(site)
+    for what in ("require.js", "jquery", "mathjax", "polyfill", "katex", "fonts.gstatic", "Source+Sans", "Lato", "Roboto"):
+        assert any(what in problem for problem in found), what
+    step = yaml.safe_load((ROOT / "_quarto.yml").read_text())["project"]["post-render"].split()
+    assert step[0] == "python"
+    for _ in range(2):  # the second time there is nothing left to do
+        done = subprocess.run([sys.executable, *step[1:]], cwd=ROOT, env={**os.environ, "QUARTO_PROJECT_OUTPUT_DIR": str(site)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert check_site.problems(site) == []
+        text = page.read_text()
+        assert text.count("<math") == 3 and "<mfrac>" in text and "define(" not in text
+        assert "typesetMath" in text and text[text.index("<pre"):] == before[before.index("<pre"):] and "site_libs/quarto-html/quarto.js" in text
+        assert sheet.read_text() == '@charset "UTF-8";:root{--bs-blue: #2780e3}@import"./local.css";body{color:#373a3c}'
+
+
+def test_the_step_after_rendering_fails_with_a_formula(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.html").write_text(r'<span class="math inline">\(\nosuchmacro x\)</span>')
+    monkeypatch.setenv("QUARTO_PROJECT_OUTPUT_DIR", str(tmp_path))
+    assert _docs.offline() == 1 and "nosuchmacro" in capsys.readouterr().out
+
+
+def test_the_renderer_from_pypi_knows_every_key():
+    config = pytest.importorskip("smalldocs.config")
+    assert [w for w in config.load(ROOT).warnings if not any(known in w for known in _docs.QUARTO_ONLY)] == []
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("### f\n\n```python\ndef f(\n    a:__main__.A | None, # As in [`g`](/nbs/g.ipynb#g)\n)->__main__.A:\n```\n\n*See [`g`](/nbs/g.ipynb#g)*",
+     "### f\n\n```python\ndef f(\n    a:A | None, # As in `g`\n)->A:\n```\n\n*See [`g`](/nbs/g.ipynb#g)*"),
+    ("`__main__.py` [`g`](g.ipynb)", "`__main__.py` [`g`](g.ipynb)"),
+])
+def test_signatures_read_like_the_module(text, expected):
+    assert _docs._signature(text) == expected
+
+
 @pytest.mark.parametrize("formula, says", [(r"\left( x", "formula"), (r"\nosuchmacro x", "unknown macro")])
 def test_docs_name_the_formula_that_fails(tmp_path, formula, says):
     (tmp_path / "a.html").write_text(f'<span class="math inline">\\({formula}\\)</span>')
@@ -83,6 +125,7 @@ def test_docs_link_to_what_a_page_shows(symbol, anchor, monkeypatch):
     page = "/nbs/06_sae.ipynb"
     monkeypatch.setattr(_docs, "_pages", lambda: {"https://site.example/sae.html": page})
     text = f"[x](https://site.example/sae.html{'#' + symbol if symbol else ''}) and [y](https://elsewhere.example/sae.html#z)"
+    assert _docs._local(f"[{text.split(' and ')[0].replace('[x]', '[`x`]')}](06_sae.ipynb)") == f"[`x`]({page}{anchor})", "a link within a link"
     assert _docs._local(text) == f"[x]({page}{anchor}) and [y](https://elsewhere.example/sae.html#z)"
 
 
@@ -128,13 +171,3 @@ def test_versions_agree():
     assert version
     assert f"\nversion: {version[1]}\n" in (ROOT / "CITATION.cff").read_text()
     assert re.search(rf"^## \[?{re.escape(version[1])}\b", (ROOT / "CHANGELOG.md").read_text(), re.M)
-
-
-@pytest.mark.full
-def test_site_builds(tmp_path):
-    "The whole site by the renderer from PyPI, in a copy, with every link and anchor checked."
-    copy = tmp_path / "site"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "_docs", "_proc", "out", "build", "*.egg-info", "__pycache__"))
-    result = subprocess.run([sys.executable, "-m", "e2e_sae_nb._docs"], cwd=copy, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    assert check_site.problems(copy / "_docs") == []
