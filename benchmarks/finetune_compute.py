@@ -1,6 +1,6 @@
 """How much end-to-end training is needed? Compute against CE gap: local, end to end from scratch, and local with a short fine-tune, per architecture.
 
-`python benchmarks/finetune_compute.py` writes data/results/finetune_compute.json (about an hour on a CPU). Every run is trained alone, so that its
+`python benchmarks/finetune_compute.py` writes data/results/finetune_compute.json (about an hour on one core). Every run is trained alone, so that its
 seconds are its own; operations are counted from shapes (e2e_sae_nb.compute). Local and end-to-end runs have several lengths; each local
 run is fine-tuned on 5% and on 10% more tokens. All aim at the same number of active latents. A seed's runs of one architecture are a part; parts
 that are in the file are not run again, and within a part finished runs are taken from the folder --runs. `--samples 16 --out FILE` is a quick look.
@@ -19,22 +19,23 @@ from e2e_sae_nb.models import Subject, load_subject
 from e2e_sae_nb.runs import Run, RunConfig, load_run
 from e2e_sae_nb.training import train
 
-PLACE, SEEDS, SAMPLES, EVALUATED, L0, N_CTX = "blocks.3.hook_resid_pre", (0, 1, 2), 1000, 200, 40, 256
+PLACE, SEEDS, SAMPLES, EVALUATED, L0, N_CTX = "blocks.3.hook_resid_pre", (0, 1, 2), 640, 200, 40, 256
 ARCHITECTURES = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LENGTHS = {"local": (0.5, 1.0), "e2e": (0.25, 0.5, 1.0)}  # shares of SAMPLES
 SHARES = (0.05, 0.1)  # of a fine-tune, of the local run's tokens
 LR, TUNING_LR = 1e-2, 1e-3
-START = {"local": 5.0, "e2e": 1.0}  # coefficients that the target then moves
+START = {"local": 1.2, "e2e": 0.5}  # coefficients that the target then moves
+STARTS = {"jumprelu": {"local": 0.1, "e2e": 0.03}, "gated": {"local": 1.2, "e2e": 1.0}}  # where an architecture wants another
 OUT = Path(__file__).resolve().parent.parent / "data" / "results" / "finetune_compute.json"
 
 
 def config(architecture: str, kind: str, seed: int, samples: int, folder: Path) -> RunConfig:
     "A run from scratch."
     takes_k = architecture in ("topk", "batchtopk")
-    penalty = {"coeff": 0.0} if takes_k else {"coeff": START[kind], "target_l0": L0, "control": 0.05}
+    penalty = {"coeff": 0.0} if takes_k else {"coeff": STARTS.get(architecture, START)[kind], "target_l0": L0, "control": 0.05}
     term = {"out_to_in": {"coeff": 1.0}} if kind == "local" else {"logits_kl": {"coeff": 1.0}}
     return RunConfig.from_dict({
-        "tlens_model_name": "docstrings", "seed": seed, "lr": LR, "batch_size": 4, "n_samples": samples, "warmup_samples": samples // 4, "min_lr_factor": 0.1,
+        "tlens_model_name": "docstrings", "seed": seed, "lr": LR, "batch_size": 2, "n_samples": samples, "warmup_samples": samples // 4, "min_lr_factor": 0.1,
         "max_grad_norm": 10.0, "compute_dtype": "bfloat16", "compile": samples >= 100, "eval_n_samples": min(EVALUATED, samples), "save_dir": folder,
         "collect_act_frequency_every_n_samples": 0, "loss": {"sparsity": penalty, **term}, "train_data": {"dataset_name": "docstrings", "n_ctx": N_CTX, "seed": seed},
         "saes": {"sae_positions": PLACE, "dict_size_to_input_ratio": 16, "architecture": architecture, **({"k": L0} if takes_k else {})}})
