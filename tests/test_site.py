@@ -174,14 +174,17 @@ def main() -> int:
         checkout = Path(temporary) / "checkout"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(checkout)], check=True)
         cloned = time.monotonic() - start
+        before = os.times()
         folder, made = checkout / "_docs", make_docs(checkout)
+        after, load = os.times(), os.getloadavg()[0]
         with served(folder) as address:
             pages = {name: look(browser, address, name) for name in names(folder)}
             found = {word: {"page": page, "offered": search(browser, address, word)} for word, page in seldom(folder, 5).items()}
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, check=True, capture_output=True, text=True).stdout.strip()
         config = {"widths": list(WIDTHS), "cores": os.cpu_count(), "commit_built": commit}
         write_json(RESULT, {
-            "seconds": {"clone": round(cloned, 1), "make docs": round(made, 1)}, "pages": len(pages), "problems": problems(folder),
+            "seconds": {"clone": round(cloned, 1), "make docs": round(made, 1)}, "load_average": round(load, 1),  # above the number of cores, others were at work
+            "processor_seconds": round(sum(after[2:4]) - sum(before[2:4]), 1), "pages": len(pages), "problems": problems(folder),
             "renderer": f"smalldocs {importlib.metadata.version('smalldocs')}", "browser": browser.version,
             "messages": {name: page["messages"] for name, page in pages.items()},
             "elsewhere": sorted({url for page in pages.values() for url in page["elsewhere"]}),
@@ -189,7 +192,7 @@ def main() -> int:
             "formulas": sum(page["formulas"] for page in pages.values()), "search": found,
             "provenance": provenance(config, seconds=round(time.monotonic() - start, 1), command="python tests/test_site.py")})
     stored = load_result(RESULT)
-    print(json.dumps({key: stored[key] for key in ("seconds", "pages", "problems", "browser", "elsewhere", "too_wide")}, indent=1))
+    print(json.dumps({key: stored[key] for key in ("seconds", "load_average", "processor_seconds", "pages", "problems", "browser", "elsewhere", "too_wide")}, indent=1))
     return int(cloned + made >= LIMIT or bool(stored["problems"] or stored["elsewhere"] or stored["too_wide"] or any(stored["messages"].values())))
 
 
