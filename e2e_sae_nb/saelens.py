@@ -219,7 +219,7 @@ def network_of(
     if processed is None and on and len(on) < len(PROCESSED):
         raise UserError(f"this SAE's network has {', '.join(on)} but not {', '.join(key for key in PROCESSED if key not in on)}, and here they are on or off together; "
                         "say with processed_weights: true or false which fits (at the residual stream: true if center_writing_weights is among those it has)")
-    data = {"add_bos": said.get("prepend_bos"), "n_ctx": said.get("context_size")}
+    data = {"add_bos": said.get("prepend_bos", None if "metadata" in cfg else True), "n_ctx": said.get("context_size")}
     return {"tlens_model_name": said.get("model_name"), "processed_weights": bool(on) if processed is None else processed,
             "train_data": {key: value for key, value in data.items() if value is not None}}
 
