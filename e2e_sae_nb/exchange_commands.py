@@ -69,12 +69,12 @@ def import_(
     "Make a run folder of other people's SAEs, for evaluate, finetune and features."
     from e2e_sae_nb.config import apply_overrides
     from e2e_sae_nb.core import UserError
-    from e2e_sae_nb.saelens import import_e2e_sae, import_saelens
+    from e2e_sae_nb.saelens import import_e2e_sae, import_saelens, kind_of_import
 
-    if (path / "final_config.yaml").is_file():
+    if kind_of_import(path) == "e2e_sae":
         text = [] if dataset is None else [f"{side}.dataset_name={dataset}" for side in ("train_data", "eval_data")]
         print(import_e2e_sae(path, out, [*text, *(set_ or ())]))
     elif dataset is None:
         raise UserError("SAELens' files name no text that could be evaluated on; give --dataset")
     else:
-        print(import_saelens(path, out, apply_overrides({"train_data": {"dataset_name": dataset, "n_ctx": 256}}, set_ or ())))
+        print(import_saelens(path, out, apply_overrides({"train_data": {"dataset_name": dataset}}, set_ or ())))

@@ -69,7 +69,7 @@ class Frontier(list[Run]):
     def _repr_html_(self) -> str:
         if not self:
             return "<p>a frontier without runs</p>"
-        return self.frame.drop(columns=["path", "position"]).to_html(index=False, float_format=lambda v: f"{v:.4g}")
+        return self.frame.drop(columns=["path", "position", "seconds", "seconds_shared"]).to_html(index=False, float_format=lambda v: f"{v:.4g}")
 
 
 def asked_for(run: Run) -> dict[str, Any]:

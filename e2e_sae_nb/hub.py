@@ -82,10 +82,8 @@ def pull(
 
     if out is not None and Path(out).exists():
         raise UserError(f"{out} exists; give a new folder")
-    if Path(source).is_dir():
-        if out is not None:
-            shutil.copytree(source, out)
-        return load_run(out or source)
+    if Path(source).is_dir() and out is None:
+        return load_run(source)
     common: dict[str, Any] = {"revision": revision, "token": token, "endpoint": endpoint}
     if out is None:
         with _one_line("downloading", str(source), endpoint):
@@ -93,7 +91,11 @@ def pull(
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary, _one_line("downloading", str(source), endpoint):
-        folder = Path(snapshot_download(str(source), local_dir=Path(temporary) / out.name, **common))
+        folder = Path(temporary) / out.name
+        if Path(source).is_dir():
+            shutil.copytree(source, folder)
+        else:
+            snapshot_download(str(source), local_dir=folder, **common)
         shutil.rmtree(folder / ".cache", ignore_errors=True)
         try:
             load_run(folder)  # compares checksums

@@ -30,7 +30,7 @@ from .dead_latents import DeadLatents
 from .data import TokenStream, check_stream, keep_mask, open_stream, special_token_ids
 from .devices import add, any_process, divides, my_rows, once, writes
 from .documents import Role
-from .e2e_sae_files import load_pretrained
+from .e2e_sae_files import load_pretrained_at
 from .losses import Plan, dense_forward, make_plan, run_type
 from .metrics import fired
 from .models import Subject, find_point, load_subject, resolve_points
@@ -185,7 +185,7 @@ def initial_saes(config: RunConfig, subject: Subject, names: list[str]) -> dict[
     inputs, width = paired_inputs(subject, names, config.saes.input_positions), lambda name: find_point(subject, name).width
     saes = make_saes({name: width(name) for name in names}, config.saes, {name: (source, width(source)) for name, source in inputs.items()},
                      seed=config.seed, dtype=dtype)
-    loaded = {n: s for path in config.saes.pretrained_sae_paths or () for n, s in load_pretrained(path, dtype).items() if n in saes}
+    loaded = load_pretrained_at(config.saes.pretrained_sae_paths or (), names, dtype)
     for name, sae in loaded.items():
         if sae.reads != inputs.get(name):
             raise UserError(f"the pretrained SAE at {name} reads {sae.reads or name}, but here it would read {inputs.get(name, name)}; see saes.input_positions")

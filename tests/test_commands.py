@@ -14,12 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from e2e_sae_nb import RunConfig, load_run
-from e2e_sae_nb.core import data_path
+from e2e_sae_nb.architectures import ARCHITECTURES
+from e2e_sae_nb.cli import app
+from e2e_sae_nb.core import UserError, data_path, read_json, write_json
 from e2e_sae_nb.losses import run_type
 from e2e_sae_nb.models import tiny_model
+from e2e_sae_nb.saelens import PROCESSED, RAW, to_saelens
 
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("gpt2_*.yaml"))
 CLI = [sys.executable, "-c", "from e2e_sae_nb.cli import main; main()"]
@@ -267,6 +272,7 @@ def test_out_and_back_and_onwards(place, tmp_path):
         assert cli("evaluate", path).returncode == 0
     there, here = (json.loads((path / "evaluation.json").read_text())["evaluation"] for path in (folder, tmp_path / "back"))
     assert here["kl"] == pytest.approx(there["kl"], rel=1e-4) and here["positions"] != {}
+    assert read_json(tmp_path / "theirs" / "blocks.6.hook_resid_pre" / "cfg.json")["metadata"]["context_size"] == load_run(tmp_path / "back").config.train_data.n_ctx == 16
     tuned = cli("finetune", folder, "--n-samples", "64", "--lr", "1e-3")
     assert tuned.returncode == 0, tuned.stderr[-2000:]
     made = load_run(next(path for path in (tmp_path / "runs").iterdir() if path.name.endswith("_finetuned")))
@@ -292,5 +298,96 @@ def test_a_run_of_the_reference_library(place, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "samples_400").is_dir()
     evaluated = cli("evaluate", tmp_path / "run")
     assert evaluated.returncode == 0, evaluated.stderr[-2000:]
+    tuned = cli("finetune", tmp_path / "run", "--n-samples", "64")
+    assert tuned.returncode == 0, tuned.stderr[-2000:]
+    made = load_run(tmp_path / "run_finetuned").config
+    assert made.loss.sparsity.target_l0 == read_json(tmp_path / "run" / "evaluation.json")["evaluation"]["positions"]["blocks.6.hook_resid_pre"]["l0"]
+    assert made.loss.sparsity.coeff == values["loss"]["sparsity"]["coeff"] and made.processed_weights
     refused = cli("import", tmp_path / "run" / "checkpoints", "--out", tmp_path / "no")
-    assert refused.returncode == 2 and "give --dataset" in refused.stderr
+    assert refused.returncode == 2 and "this project's already" in refused.stderr
+
+
+def test_several_positions_of_the_reference_library(place, tmp_path):
+    "One .pt file with two positions becomes a run of two SAEs."
+    values, theirs, places = yaml.safe_load(CONFIGS[1].read_text()), tmp_path / "theirs", ["blocks.2.hook_resid_pre", "blocks.6.hook_resid_pre"]
+    values["saes"]["sae_positions"] = places
+    theirs.mkdir()
+    (theirs / "final_config.yaml").write_text(yaml.safe_dump(values))
+    g, shapes = torch.Generator().manual_seed(0), {"encoder.0.weight": (32, 8), "encoder.0.bias": (32,), "decoder.weight": (8, 32), "decoder.bias": (8,)}
+    state = {f"{name.replace('.', '-')}.{key}": torch.randn(shape, generator=g) for name in places for key, shape in shapes.items()}
+    torch.save(state, theirs / "samples_400.pt")
+    words = ["import", theirs, "--out", tmp_path / "run", *local(place, wandb_project="null")]
+    assert inside(*words).exit_code == 0
+    run = load_run(tmp_path / "run")
+    assert list(run.saes) == places and all(torch.equal(run.saes[p].W_enc, state[f"{p.replace('.', '-')}.encoder.0.weight"].T) for p in places)
+    assert inside("evaluate", tmp_path / "run").exit_code == 0
+    assert list(read_json(tmp_path / "run" / "evaluation.json")["evaluation"]["positions"]) == places
+
+
+def inside(*words):
+    "A command in this process."
+    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+
+
+def lens_folder(folder, kind, hook="blocks.6.hook_resid_pre", **metadata):
+    "A folder of SAELens with an SAE of the tiny model's width, some of whose latents fire."
+    sae = ARCHITECTURES[kind](8, 32, seed=1, **({"k": 4} if kind == "topk" else {})).eval()
+    with torch.no_grad():
+        sae.b_enc.fill_(0.01)
+        if kind == "jumprelu":
+            sae.log_threshold[:5] = -torch.inf  # thresholds of 0, as batchtopk SAEs can have
+    cfg, weights = to_saelens(sae, hook, **metadata)
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "sae_weights.safetensors")
+    write_json(folder / "cfg.json", cfg)
+    return folder
+
+
+@pytest.mark.parametrize("kind, processed", [("relu", False), ("topk", False), ("jumprelu", False), ("gated", False), ("relu", True)])
+def test_imported_saes_go_on(kind, processed, place, tmp_path, monkeypatch):
+    "Every kind SAELens has, on the network its file names: imported, evaluated, fine-tuned with its L0 held, shown on a page, and out again."
+    monkeypatch.setenv("COLUMNS", "300")
+    network = {"model_name": "tiny", "prepend_bos": processed, "context_size": 12, "model_from_pretrained_kwargs": PROCESSED if processed else RAW}
+    theirs, run = lens_folder(tmp_path / "theirs", kind, **network), tmp_path / "run"
+    settings = {"tlens_model_path": place / "model", "train_data.is_tokenized": "true", "eval_n_samples": 8, "device": "cpu"}
+    made = inside("import", theirs, "--out", run, "--dataset", place / "tokens.jsonl", *(w for k, v in settings.items() for w in ("--set", f"{k}={v}")))
+    assert made.exit_code == 0, made.output
+    config, penalised = load_run(run).config, kind != "topk"
+    assert (config.processed_weights, config.train_data.add_bos, config.train_data.n_ctx) == (processed, processed, 12)
+    if penalised:
+        with pytest.raises(UserError, match=f"run e2e-sae evaluate {run} first"):
+            inside("finetune", run, "--n-samples", "64")
+    assert inside("evaluate", run).exit_code == 0
+    l0 = read_json(run / "evaluation.json")["evaluation"]["positions"]["blocks.6.hook_resid_pre"]["l0"]
+    assert inside("finetune", run, "--n-samples", "64", "--lr", "1e-3").exit_code == 0
+    tuned = load_run(tmp_path / "run_finetuned")
+    before, after = (r.saes["blocks.6.hook_resid_pre"] for r in (load_run(run), tuned))
+    assert not torch.equal(before.W_enc, after.W_enc) and all(torch.isfinite(p).all() for p in after.parameters())
+    sparsity = tuned.config.loss.sparsity
+    assert (sparsity.target_l0, sparsity.coeff > 0) == ((l0, True) if penalised else (None, False)) and l0 > 0
+    assert tuned.config.processed_weights == processed and tuned.config.train_data.add_bos == processed
+    assert inside("features", run, "--out", tmp_path / "page.html", "--n-tokens", "500", "--no-ablate").exit_code == 0
+    assert '"contexts"' in (tmp_path / "page.html").read_text()
+    assert inside("export", tmp_path / "run_finetuned", "--out", tmp_path / "again").exit_code == 0
+    said = read_json(tmp_path / "again" / "blocks.6.hook_resid_pre" / "cfg.json")["metadata"]
+    assert {key: said[key] for key in network if key != "model_name"} == {key: value for key, value in network.items() if key != "model_name"}
+
+
+def test_what_cannot_be_imported(place, tmp_path):
+    "A mixture of treatments, SAEs of different networks, a path that is none, a lone file: one line each that says what is needed."
+    mixed = lens_folder(tmp_path / "mixed", "relu", model_name="tiny", model_from_pretrained_kwargs={"center_writing_weights": True})
+    for k, name in enumerate(("tiny", "other")):
+        lens_folder(tmp_path / "two" / name, "relu", hook=f"blocks.{k}.hook_resid_pre", model_name=name)
+    (tmp_path / "lone.pt").touch()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "samples_4.pt").touch()
+    for path, says in ((mixed, "say with processed_weights"), (tmp_path / "two", "one at a time"), (tmp_path / "no", "no such folder"),
+                       (tmp_path / "lone.pt", "final_config.yaml"), (tmp_path / "bare", "no final_config.yaml")):
+        with pytest.raises(UserError, match=says) as caught:
+            inside("import", path, "--out", tmp_path / "out", "--dataset", place / "tokens.jsonl")
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    done = cli("import", tmp_path / "lone.pt", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("e2e-sae:"), done.stderr[-2000:]
+    settings = ["--set", "processed_weights=true", "--set", f"tlens_model_path={place / 'model'}"]
+    assert inside("import", mixed, "--out", tmp_path / "out", "--dataset", place / "tokens.jsonl", *settings).exit_code == 0
+    assert load_run(tmp_path / "out").config.processed_weights

@@ -29,6 +29,7 @@ from e2e_sae_nb.e2e_sae_files import load_e2e_sae
 from e2e_sae_nb.models import tiny_model, tiny_subject
 from e2e_sae_nb.runs import Run
 from e2e_sae_nb.sae import SAE
+from e2e_sae_nb.saelens import load_saelens
 from e2e_sae_nb.state import begin, resume
 
 PLACE = "blocks.1.hook_resid_pre"
@@ -145,6 +146,71 @@ def test_foreign_shapes(shapes, tmp_path):
     cfg["sha256"] = {"saes.safetensors": hashlib.sha256((place / "saes.safetensors").read_bytes()).hexdigest()}
     write_json(place / "cfg.json", cfg)
     one_line("should be", load_saes, place)
+
+
+@pytest.mark.parametrize("cfg, tensors, says", [
+    ({}, {"W_enc": (8, 4)}, "W_enc should hold real numbers, [4, 8]"), ({}, {"b_enc": (3,)}, "b_enc should hold real numbers, [8]"),
+    ({}, {"W_dec": (4, 8)}, "W_dec should hold real numbers, [8, 4]"), ({}, {"W_dec": ()}, "should hold real numbers"), ({}, {"b_dec": (1, 4)}, "b_dec should hold real numbers, [4]"),
+    ({"d_sae": "8"}, {}, "d_sae"), ([], {}, "cfg.json should map keys"), ({"metadata": "none"}, {}, "its metadata should map keys"),
+    ({"metadata": {"hook_name": 5}}, {}, "names no hook"), ({"architecture": "topk"}, {}, "says how many latents are active"),
+    ({"architecture": "topk", "k": 0}, {}, "from 1 to d_sae (8)"), ({"architecture": "topk", "k": True}, {}, "from 1 to d_sae (8)"),
+    ({"architecture": "topk", "k": "all"}, {}, "from 1 to d_sae (8)"), ({"activation_fn": "topk", "activation_fn_kwargs": [3]}, {}, "says how many latents are active"),
+    ({"architecture": ["standard"]}, {}, "cannot be read"), ({"finetuning_scaling_factor": True}, {"scaling_factor": (8,)}, "multiply the rows of W_dec")])
+def test_foreign_saelens_files(cfg, tensors, says, tmp_path):
+    "Folders in SAELens' format that are not what they should be."
+    good = {"architecture": "standard", "d_in": 4, "d_sae": 8, "metadata": {"hook_name": PLACE}}
+    shapes = {"W_enc": (4, 8), "b_enc": (8,), "W_dec": (8, 4), "b_dec": (4,)} | tensors
+    if says.startswith(("b_enc", "W_enc")):  # shapes alone say it, too
+        good = {"hook_name": PLACE}
+    write_json(tmp_path / "cfg.json", good | cfg if isinstance(cfg, dict) else cfg)
+    save_file({name: torch.full(shape, 0.5) for name, shape in shapes.items()}, tmp_path / "sae_weights.safetensors")
+    assert str(tmp_path) in one_line(says, load_saelens, tmp_path)
+
+
+def test_pretrained_file_for_another_place(tmp_path, config, subject):
+    "A file none of whose positions the run has would change nothing, so it is refused."
+    shapes = {"encoder.0.weight": (16, 16), "encoder.0.bias": (16,), "decoder.weight": (16, 16), "decoder.bias": (16,)}
+    torch.save({f"blocks-0-hook_resid_pre.{name}": torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "samples_1.pt")
+    other = replace(config, saes=replace(config.saes, pretrained_sae_paths=(str(tmp_path / "samples_1.pt"),), retrain_saes=True))
+    one_line(f"holds SAEs at blocks.0.hook_resid_pre, but this run has its at {PLACE}", train, other, subject=subject)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("retrain", [False, True])
+def test_one_pretrained_position_of_two(retrain, tmp_path, config, subject):
+    "As the reference's test_load_single_pretrained_sae: weights are copied exactly, and only what is to be trained is."
+    places = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+    state = reference_state(places[:1], seed=1)
+    torch.save(state, tmp_path / "samples_4.pt")
+    t = begin(pretrained_config(config, places, [tmp_path / "samples_4.pt"], retrain), subject)
+    loaded, fresh = (t.saes[place] for place in places)
+    for name, value in (("encoder.0.weight", loaded.W_enc.T), ("encoder.0.bias", loaded.b_enc), ("decoder.weight", loaded.W_dec.T), ("decoder.bias", loaded.b_dec)):
+        assert torch.equal(value, state[f"blocks-0-hook_resid_post.{name}"])
+    assert all(p.requires_grad == retrain for p in loaded.parameters()) and all(p.requires_grad for p in fresh.parameters())
+    assert {id(p) for p in t.optimizer.originals} == {id(p) for sae in ([loaded, fresh] if retrain else [fresh]) for p in sae.parameters()}
+
+
+def test_several_pretrained_files(tmp_path, config, subject):
+    "As the reference's test_load_multiple_pretrained_sae: the later file wins where both hold a position; only what neither holds is trained."
+    places = tuple(f"blocks.{i}.hook_resid_post" for i in range(3))
+    first, second = reference_state(places[:2], seed=1), reference_state(places[1:2], seed=2)
+    for name, state in (("a", first), ("b", second)):
+        torch.save(state, tmp_path / f"{name}.pt")
+    t = begin(pretrained_config(config, places, [tmp_path / "a.pt", tmp_path / "b.pt"], False), subject)
+    for place, state in zip(places, (first, second), strict=False):
+        assert torch.equal(t.saes[place].W_enc.T, state[f"{place.replace('.', '-')}.encoder.0.weight"])
+        assert torch.equal(t.saes[place].W_dec.T, state[f"{place.replace('.', '-')}.decoder.weight"])
+    assert [any(p.requires_grad for p in t.saes[place].parameters()) for place in places] == [False, False, True]
+
+
+def reference_state(places, seed):
+    "What e2e_sae saves for SAEs at these places, with names in its order."
+    g, shapes = torch.Generator().manual_seed(seed), {"encoder.0.weight": (64, 16), "encoder.0.bias": (64,), "decoder.weight": (16, 64), "decoder.bias": (16,)}
+    return {f"{place.replace('.', '-')}.{name}": torch.randn(shape, generator=g) for place in places for name, shape in shapes.items()}
+
+
+def pretrained_config(config, places, paths, retrain):
+    return replace(config, saes=replace(config.saes, sae_positions=places, pretrained_sae_paths=tuple(map(str, paths)), retrain_saes=retrain))
 
 
 def test_reference_file_of_another_width(tmp_path, config, subject):

@@ -1,5 +1,7 @@
 """The package as a user gets it: built into a wheel, installed into a clean environment, used from another folder (make test-full)."""
 
+import json
+import os
 import subprocess
 import sys
 
@@ -7,6 +9,12 @@ import pytest
 from conftest import ROOT
 
 pytestmark = pytest.mark.full
+
+
+def cells(notebook) -> str:
+    "The code of a notebook as a script; cells are separated, so that a failure names its lines."
+    found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in found if cell["cell_type"] == "code" and "nbdev_export(" not in "".join(cell["source"]))
 
 
 def test_install_and_use_from_anywhere(tmp_path):
@@ -26,3 +34,7 @@ def test_install_and_use_from_anywhere(tmp_path):
                               "print(repo_root(), data_path('docstrings-lm'), load_subject('docstrings', device='cpu'))")
     assert "Table 5" in run(python, "-c", "from e2e_sae_nb.pareto import paper; print(paper('norm_ratio')['source'])")
     assert found.startswith("None ") and "_data/docstrings-lm" in found and "6 blocks" in found
+    (elsewhere / "tutorial.py").write_text(cells(ROOT / "nbs" / "tutorials" / "tutorial.ipynb"), encoding="utf-8")
+    done = subprocess.run([python, "tutorial.py"], cwd=elsewhere, capture_output=True, text=True, timeout=900, env={**os.environ, "MPLBACKEND": "agg"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "largest change of a logit" in done.stdout

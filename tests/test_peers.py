@@ -1,11 +1,12 @@
 """Against the real sae-lens: in its own environment (make test-full), and a stored sample of what it computed (make test).
 
-`python tests/test_peers.py PYTHON` renews the sample with an interpreter that has sae-lens.
+`python tests/test_peers.py PYTHON` renews the sample with an interpreter that has sae-lens, and data/results/saelens.json, which page 50 shows.
 """
 
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from e2e_sae_nb.architectures import ARCHITECTURES, BatchTopK, Gated, TopK
-from e2e_sae_nb.core import write_json
+from e2e_sae_nb.core import provenance, write_json
 from e2e_sae_nb.saelens import load_saelens, to_saelens
 
 HERE = Path(__file__).resolve().parent
@@ -53,9 +54,9 @@ def prepare(folder: Path) -> None:
     save_file({"x": torch.randn(30, 12, generator=torch.Generator().manual_seed(0))}, folder / "x.safetensors")
 
 
-def check(folder: Path) -> float:
-    "The largest difference, relative to the largest value."
-    x, outputs, worst = load_file(folder / "x.safetensors")["x"], load_file(folder / "outputs.safetensors"), 0.0
+def check(folder: Path) -> dict[str, float]:
+    "The largest difference of each SAE's code and reconstruction, relative to the largest value."
+    x, outputs, worst = load_file(folder / "x.safetensors")["x"], load_file(folder / "outputs.safetensors"), {}
     names = {key.rpartition(".")[0] for key in outputs}
     assert names == {f"ours/{n}" for n in OURS} | {f"theirs/{n}" for n in ("standard_0", "standard_1", "topk_2", "jumprelu_1", "gated_1")}
     for name in sorted(names):
@@ -71,8 +72,7 @@ def check(folder: Path) -> float:
             if kind.startswith("topk"):
                 theirs = theirs / load_file(folder / name / "sae_weights.safetensors")["W_dec"].norm(dim=-1)
         assert (theirs > 0).any()
-        for a, b in ((code, theirs), (output, outputs[f"{name}.output"])):
-            worst = max(worst, float((a - b).abs().max() / b.abs().max()))
+        worst[name] = max(float((a - b).abs().max() / b.abs().max()) for a, b in ((code, theirs), (output, outputs[f"{name}.output"])))
     return worst
 
 
@@ -84,9 +84,9 @@ def theirs(python: str, folder: Path) -> None:
 TRAINED = {"relu": "standard", "topk": "topk", "batchtopk": "batchtopk", "matryoshka": "matryoshka_batchtopk", "jumprelu": "jumprelu", "gated": "gated"}
 
 
-def check_training(python: str, folder: Path) -> float:
-    "The largest relative difference between training forward passes with the same weights; Matryoshka with the whole dictionary drawn."
-    x, worst = torch.randn(30, 12, generator=torch.Generator().manual_seed(0)), 0.0
+def check_training(python: str, folder: Path) -> dict[str, float]:
+    "The largest relative differences between training forward passes with the same weights; Matryoshka with the whole dictionary drawn."
+    x, worst = torch.randn(30, 12, generator=torch.Generator().manual_seed(0)), {}
     tensors = {"x": x}
     for ours, kind in TRAINED.items():
         sae = made(ours)
@@ -105,14 +105,14 @@ def check_training(python: str, folder: Path) -> float:
         sae.prefixes = (1.0,)
         with torch.no_grad():
             acts = sae(x)
-        for a, b in ((acts.c, found[f"{kind}.code"]), (acts.output, found[f"{kind}.output"])):
-            worst = max(worst, float((a - b).abs().max() / b.abs().max()))
+        pairs = (acts.c, found[f"{kind}.code"]), (acts.output, found[f"{kind}.output"])
+        worst[ours] = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
     return worst
 
 
 def test_stored_sample():
     "What the real package computed, for SAEs of ours and of its own."
-    assert check(SAMPLE) < 1e-6
+    assert max(check(SAMPLE).values()) < 1e-6
     with safe_open(SAMPLE / "outputs.safetensors", "pt") as file:
         assert file.metadata()["sae-lens"].startswith("6.")
 
@@ -126,12 +126,21 @@ def test_real_package(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     prepare(tmp_path)
     theirs(str(python), tmp_path)
-    assert check(tmp_path) < 1e-6
-    assert check_training(str(python), tmp_path) < 1e-6
+    assert max(check(tmp_path).values()) < 1e-6
+    assert max(check_training(str(python), tmp_path).values()) < 1e-6
 
 
 if __name__ == "__main__":
     shutil.rmtree(SAMPLE, ignore_errors=True)
     prepare(SAMPLE)
     theirs(sys.argv[1], SAMPLE)
-    print(f"largest relative difference {check(SAMPLE):.1e}")
+    found = check(SAMPLE)
+    with tempfile.TemporaryDirectory() as folder:
+        training = check_training(sys.argv[1], Path(folder))
+    with safe_open(SAMPLE / "outputs.safetensors", "pt") as file:
+        peer = file.metadata()
+    worst = {f"{side}_{way}": {name.partition("/")[2]: value for name, value in found.items() if name.startswith(side)}
+             for side, way in (("ours", "read_there"), ("theirs", "read_here"))} | {"training_forward": training}
+    record = provenance({"peer": "sae-lens", "tokens": 30, "d_in": 12, "d_sae": 40}, seed=5, command="python tests/test_peers.py PYTHON")
+    write_json(HERE.parent / "data" / "results" / "saelens.json", {"largest_relative_difference": worst, "peer_versions": peer, "provenance": record})
+    print(f"largest relative difference {max(value for part in worst.values() for value in part.values()):.1e}")

@@ -1,6 +1,7 @@
 """The real wandb, offline: a run is logged without a login or a connection, and wandb's own file holds the numbers."""
 
 import json
+import socket
 import struct
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from e2e_sae_nb import trackers
 from e2e_sae_nb.runs import MetricsLog, RunConfig
 
 wandb = pytest.importorskip("wandb")
@@ -65,6 +67,21 @@ def test_offline(no_login, tmp_path, capfd):
     steps = [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in r.history.item} for r in found if r.WhichOneof("record_type") == "history"]
     assert [(s["samples"], s["loss"]) for s in steps] == [(16, 0.5), (32, 0.125)] and steps[0]["kl"] == 0.25
     assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0.5, 0.125]
+
+
+def test_no_connection(no_login, tmp_path, capfd, monkeypatch):
+    "A login, but nothing answers: one line, and the run is logged offline by the real package."
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setattr(trackers, "WANDB_SECONDS", 2.0)
+        log = MetricsLog(RunConfig.from_dict(VALUES | {"wandb_project": "sparse"}), tmp_path, show=False)
+        log.write(16, {"loss": 0.5})
+        log.close()
+    assert [line.startswith("wandb: ") for line in capfd.readouterr().err.splitlines() if "logged offline" in line] == [True]
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 0.5
 
 
 def test_sync_knows_the_run(no_login, tmp_path):
