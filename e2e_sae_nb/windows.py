@@ -50,7 +50,7 @@ def ratio_over_seeds(
     "The ratio at each L0, seed by seed."
     return np.stack([ratio_at([r for r in rows if r["seed"] == seed], kind, l0) for seed in sorted({r["seed"] for r in rows})])
 
-
+# %% ../nbs/40b_windows.ipynb #31bb132c
 def crossing(
     l0: Sequence[float],
     ratio: Sequence[float],
@@ -112,7 +112,7 @@ class Within:
         interval = f" [{self.interval[0]:.2f}, {self.interval[1]:.2f}]" if self.interval else ""
         return f"{self.ratio:.2f}{interval} (L0 {self.covered[0]:.0f} to {self.covered[1]:.0f})"
 
-
+# %% ../nbs/40b_windows.ipynb #2e40a97a
 def ratio_within(
     rows: Sequence[Mapping[str, Any]],  # Of one position
     kind: str,
@@ -138,7 +138,7 @@ def ratio_within(
     draws = _resampled(mine[kind], mine[other], grid, resamples)
     return Within(found, (low, high), (float(np.quantile(draws, (1 - level) / 2)), float(np.quantile(draws, (1 + level) / 2))))
 
-
+# %% ../nbs/40b_windows.ipynb #06a5a371
 def _resampled(over: Sequence[Mapping[str, Any]], under: Sequence[Mapping[str, Any]], grid: np.ndarray, resamples: int) -> list[float]:
     "The mean ratio over resampled sequences; both types are resampled together."
     curves = []
