@@ -57,8 +57,8 @@ CHARACTERS_PER_TOKEN = 4
 class Estimate:
     "What a list of questions is going to take."
 
-    questions: int  # not in the cache yet
-    cached: int
+    questions: int  # different ones that are not in the cache yet
+    cached: int  # different ones that are
     tokens_in: int  # estimated
     tokens_out: int  # at most
     dollars: float  # at most, by the endpoint's prices
@@ -102,11 +102,12 @@ def estimate(
 ) -> Estimate:
     "What asking these questions would take."
     with closing(AnswerCache(cache)) as answers:
-        left = {key: q for q in questions if answers.get(key := answers.key(endpoint, q)) is None}
+        distinct = {answers.key(endpoint, q): q for q in questions}
+        left = {key: q for key, q in distinct.items() if answers.get(key) is None}
     tokens_in = sum(sum(len(text) for _, text in q.messages) // CHARACTERS_PER_TOKEN for q in left.values())
     tokens_out = sum(q.max_tokens for q in left.values())
     dollars = (tokens_in * endpoint.price_in + tokens_out * endpoint.price_out) / 1e6
-    return Estimate(len(left), len(questions) - len(left), tokens_in, tokens_out, dollars)
+    return Estimate(len(left), len(distinct) - len(left), tokens_in, tokens_out, dollars)
 
 # %% ../nbs/47_endpoint.ipynb #858808e5
 def ask(

@@ -24,7 +24,7 @@ from .training import train
 # %% ../nbs/18_finetune.ipynb #5d0c71ae
 def _scale(folder: Path) -> float:
     "What a checkpoint's coefficient had been multiplied with by then, following a target or an exponent."
-    return load_state(folder, read_cfg(folder))["control"]["scale"] if (folder / "training.json").is_file() else 1.0
+    return load_state(folder, read_cfg(folder)).get("control", {}).get("scale", 1.0) if (folder / "training.json").is_file() else 1.0
 
 
 def l0_of(

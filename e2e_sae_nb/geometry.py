@@ -77,12 +77,13 @@ def plot_cosines(
     ax: Axes,
     *,
     baseline: Float[Tensor, " n"] | None = None,  # Of random directions
+    baseline_name: str = "random",
     title: str = "",
 ) -> Axes:
     "Histograms of largest cosines, one line per type, each of area one."
     bins = np.linspace(0, 1, 41).tolist()
     if baseline is not None:
-        ax.hist(baseline.numpy(), bins=bins, density=True, color="0.85", label=f"random, mean {baseline.mean():.2f}")
+        ax.hist(baseline.numpy(), bins=bins, density=True, color="0.85", label=f"{baseline_name}, mean {baseline.mean():.2f}")
     for kind, values in groups.items():
         style = {key: STYLES[kind][key] for key in ("color", "linestyle")}
         ax.hist(values.numpy().clip(0, 1), bins=bins, density=True, histtype="step", linewidth=1.6, label=f"{kind}, mean {values.mean():.2f}", **style)

@@ -1,4 +1,7 @@
-"""Embed the alive directions of the kept middle local and e2e+ds SAEs in the plane: `python tools/umap_regions.py` (needs umap-learn)."""
+"""Embed the alive directions of the kept local and e2e+ds SAEs in the plane: `python tools/umap_regions.py` (needs umap-learn; a few minutes).
+
+The map of the middle depth is stored whole; of other seeds of UMAP and of the other depths, the counts of their regions.
+"""
 
 import warnings
 from collections import Counter
@@ -9,15 +12,16 @@ import torch
 from e2e_sae_nb.core import Stopwatch, provenance, repo_root, versions, write_json
 from e2e_sae_nb.features import direct_effects
 from e2e_sae_nb.geometry import regions
-from e2e_sae_nb.kept import load_kept
+from e2e_sae_nb.kept import DEPTHS, load_kept
 from e2e_sae_nb.models import Subject, load_subject
 
 SETTINGS: dict[str, Any] = {"n_neighbors": 15, "min_dist": 0.05, "metric": "cosine", "random_state": 0}
 RULE = {"k": 20, "share": 0.75, "least": 20}
 SHOWN = 12  # regions at most
+SEEDS = {"early": 3, "middle": 5, "late": 3}  # how many seeds of UMAP, from random_state on
 
 
-def embed(rows: torch.Tensor) -> tuple[torch.Tensor, str]:
+def embed(rows: torch.Tensor, seed: int) -> tuple[torch.Tensor, str]:
     "Two coordinates per row, and the package's version."
     try:
         import umap
@@ -25,7 +29,7 @@ def embed(rows: torch.Tensor) -> tuple[torch.Tensor, str]:
         raise SystemExit("this tool needs UMAP: pip install umap-learn") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a fixed seed allows one thread only
-        return torch.from_numpy(umap.UMAP(**SETTINGS).fit_transform(rows.numpy())).round(decimals=2), umap.__version__
+        return torch.from_numpy(umap.UMAP(**SETTINGS | {"random_state": seed}).fit_transform(rows.numpy())).round(decimals=2), umap.__version__
 
 
 def describe(subject: Subject, rows: torch.Tensor, is_ds: torch.Tensor, index: int) -> dict[str, Any]:
@@ -39,22 +43,32 @@ def describe(subject: Subject, rows: torch.Tensor, is_ds: torch.Tensor, index: i
             "commonest": sorted(first.items(), key=lambda pair: (-pair[1], pair[0]))[:4]}
 
 
+def counted(label: torch.Tensor, is_ds: torch.Tensor) -> list[list[int]]:
+    "e2e+ds and local directions of each region, largest region first."
+    return [[int(is_ds[label == i].sum()), int((~is_ds[label == i]).sum())] for i in range(int(label.max()) + 1)]
+
+
 def main() -> None:
-    clock, subject = Stopwatch(), load_subject("docstrings", device="cpu")
-    kept = {kind: k for kind, k in load_kept("middle").items() if kind != "e2e"}
-    rows = torch.cat([k.sae.dictionary.detach() for k in kept.values()])
-    kinds = [kind for kind, k in kept.items() for _ in range(k.sae.d_sae)]
-    is_ds = torch.tensor([kind == "e2e+ds" for kind in kinds])
-    points, version = embed(rows)
-    label = regions(points, is_ds, **RULE)
-    count = min(int(label.max()) + 1, SHOWN)
-    record = provenance({"umap": SETTINGS, "rule": RULE, "runs": {kind: k.facts["run"] for kind, k in kept.items()}}, seed=SETTINGS["random_state"],
-                        seconds=float(clock), command="python tools/umap_regions.py")
+    clock, subject, seeds, runs, stored = Stopwatch(), load_subject("docstrings", device="cpu"), [], {}, {}
+    for depth in DEPTHS:
+        kept = {kind: k for kind, k in load_kept(depth).items() if kind != "e2e"}
+        rows = torch.cat([k.sae.dictionary.detach() for k in kept.values()])
+        kinds = [kind for kind, k in kept.items() for _ in range(k.sae.d_sae)]
+        is_ds, runs[depth] = torch.tensor([kind == "e2e+ds" for kind in kinds]), {kind: k.facts["run"] for kind, k in kept.items()}
+        for seed in range(SETTINGS["random_state"], SETTINGS["random_state"] + SEEDS[depth]):
+            points, version = embed(rows, seed)
+            label = regions(points, is_ds, **RULE)
+            seeds.append({"depth": depth, "seed": seed, "regions": counted(label, is_ds)})
+            print(f"{depth}, seed {seed}: e2e+ds/local " + ", ".join(f"{ds}/{local}" for ds, local in seeds[-1]["regions"]) + f"; {float(clock):.0f} s", flush=True)
+            if (depth, seed) == ("middle", SETTINGS["random_state"]):
+                count = min(int(label.max()) + 1, SHOWN)
+                stored = {"rule": RULE, "regions": [describe(subject, rows[label == i], is_ds[label == i], i) for i in range(count)],
+                          "region_count": int(label.max()) + 1, "x": [round(v, 2) for v in points[:, 0].tolist()],
+                          "y": [round(v, 2) for v in points[:, 1].tolist()], "type": kinds}
+    record = provenance({"umap": SETTINGS, "rule": RULE, "seeds": SEEDS, "runs": runs}, seed=SETTINGS["random_state"], seconds=float(clock),
+                        command="python tools/umap_regions.py")
     record["versions"] = versions() | {"umap-learn": version}
-    coordinates = {"x": [round(v, 2) for v in points[:, 0].tolist()], "y": [round(v, 2) for v in points[:, 1].tolist()]}
-    print(write_json(repo_root() / "data" / "results" / "umap.json", {
-        "rule": RULE, "regions": [describe(subject, rows[label == i], is_ds[label == i], i) for i in range(count)], "region_count": int(label.max()) + 1,
-        **coordinates, "type": kinds, "provenance": record}).name, f"{count} regions")
+    print(write_json(repo_root() / "data" / "results" / "umap.json", stored | {"seeds": seeds, "provenance": record}).name)
 
 
 if __name__ == "__main__":
