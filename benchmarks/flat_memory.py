@@ -1,6 +1,6 @@
-"""Does memory grow with the data? Peak memory of reading, tokenizing and training's batches, for inputs of 0.3 and of 3 GB.
+"""Does memory grow with the data? Peak memory of reading, tokenizing and training's batches, for inputs of 0.2 and of 2 GB.
 
-`python benchmarks/flat_memory.py` writes data/results/flat_memory.json (some twenty minutes on 2 cores, 10 GB of disk in the system's
+`python benchmarks/flat_memory.py` writes data/results/flat_memory.json (some twenty minutes on 2 cores, 7 GB of disk in the system's
 temporary folder, all of it removed). Each figure is the peak resident memory of a process of its own that does one thing:
 `stream` makes batches from a JSONL file, tokenizing as it goes; `tokenize` writes a Parquet file's tokens to shards; `shards` makes batches
 from shards of that size, fully shuffled; `nothing` only imports. The words are long and few, which tokenizes quickly: bytes, documents and
@@ -22,7 +22,7 @@ from e2e_sae_nb.core import Stopwatch, peak_memory_bytes, provenance, write_json
 SIZES = tuple(float(word) for word in sys.argv[1:]) if "--" not in sys.argv else ()  # GB
 OUT = Path(__file__).resolve().parent.parent / "data" / "results" / "flat_memory.json"
 STAGES = ("nothing", "stream", "tokenize", "shards")
-SETTINGS = {"words": 60, "word_letters": [150, 250], "words_per_document": [5, 100], "n_ctx": 64, "batch_size": 8, "shuffle_buffer": 1000,
+SETTINGS = {"words": 60, "word_letters": [150, 250], "words_per_document": [5, 100], "n_ctx": 1024, "batch_size": 16, "shuffle_buffer": 1000,
             "shard_tokens": 2**22, "row_group": 2000, "workers": 2}
 
 
@@ -95,7 +95,7 @@ def main(sizes: tuple[float, ...]) -> None:
     peaks = {name: [row["peak_bytes"] for row in rows if row["stage"] == name] for name in STAGES}
     growth = {name: peak[-1] / peak[0] for name, peak in peaks.items()}
     print(growth)
-    if sizes == (0.3, 3.0):
+    if sizes == (0.2, 2.0):
         write_json(OUT, {"rows": rows, "growth": growth, "provenance": provenance(SETTINGS, seed=0, seconds=float(clock), command="python benchmarks/flat_memory.py")})
 
 
@@ -103,4 +103,4 @@ if __name__ == "__main__":
     if "--" in sys.argv:
         print(json.dumps(stage(sys.argv[2], Path(sys.argv[3]))))
     else:
-        main(SIZES or (0.3, 3.0))
+        main(SIZES or (0.2, 2.0))

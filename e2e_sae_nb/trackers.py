@@ -58,7 +58,7 @@ def wandb_sink(
 
     try:
         run = start(mode)
-    except wandb.errors.Error as error:  # no connection, or a login that is not taken
+    except wandb.errors.Error as error:  # type: ignore[attr-defined]  # no connection, or a login that is not taken
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if mode is not None:
             raise UserError(f"wandb could not start in the mode {mode} ({reason}); unset WANDB_MODE to log offline instead, or set wandb_project: null") from None

@@ -31,7 +31,7 @@ def frontier_curve(
 def ratio_at(
     rows: Sequence[Mapping[str, Any]],  # Of one position
     kind: str,
-    l0: Sequence[float],
+    l0: Sequence[float] | np.ndarray,
     other: str = "local",
 ) -> np.ndarray:  # One per L0; NaN where one of the curves has no SAEs
     "CE increase over the other type's at the same L0."

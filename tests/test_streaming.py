@@ -301,7 +301,7 @@ def _saved(tokenizer, folder):
 
 @pytest.mark.full
 def test_memory_is_flat(root):
-    "Ten times the input, the same memory; the stored figures (data/results/flat_memory.json) are of 0.3 and 3 GB."
+    "Ten times the input, the same memory; the stored figures (data/results/flat_memory.json) are of 0.2 and 2 GB."
     environment = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, root / "benchmarks" / "flat_memory.py", "0.1", "1.0"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
