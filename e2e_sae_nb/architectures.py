@@ -56,11 +56,10 @@ class JumpReLU(SAE):
     def calibrate(self, x: Float[Tensor, "*batch d_in"], share: float, threshold: bool = True, bandwidth: bool = True) -> None:
         "Start thresholds where this share of pre-activations on a sample exceeds them, with a window of a quarter of their spread."
         pre = self.pre_activations(x.flatten(0, -2)[: max(1, 2**23 // self.d_sae)])
-        if threshold:
-            between = pre.flatten().topk(1 + min(pre.numel() - 1, max(1, round(share * pre.numel())))).values[-2:].mean()  # equal to none
+        if threshold:  # between two values, equal to none
+            between = pre.flatten().topk(1 + min(pre.numel() - 1, max(1, round(share * pre.numel())))).values[-2:].mean()
             self.log_threshold.fill_(float(between.clamp_min(1e-6).log()))
-        if bandwidth:
-            self.bandwidth = float(pre.std()) / 4
+        self.bandwidth = float(pre.std()) / 4 if bandwidth else self.bandwidth
 
     def options(self) -> dict[str, Any]:
         return super().options() | {"bandwidth": self.bandwidth}
@@ -154,7 +153,7 @@ def make_saes(
     return {name: new_sae(config.architecture, d_in, round(config.dict_size_to_input_ratio * d_in), seed=seed + i, dtype=dtype,
                           **({} if source is None else {"reads": source, "d_out": widths[name]}), **options) for i, (name, (source, d_in)) in enumerate(inputs.items())}
 
-
+# %% ../nbs/06b_architectures.ipynb #b95f1c40
 @torch.no_grad()
 def fit_to_sample(
     sae: SAE,
@@ -174,7 +173,7 @@ def trainable(saes: Iterable[nn.Module]) -> list[nn.Parameter]:
     "The parameters that are trained, in a fixed order."
     return [p for sae in saes for p in sae.parameters() if p.requires_grad]
 
-
+# %% ../nbs/06b_architectures.ipynb #006e28ce
 @contextlib.contextmanager
 def only_kept(
     saes: Mapping[str, SAE],

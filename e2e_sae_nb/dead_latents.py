@@ -87,16 +87,14 @@ class DeadLatents:
     def observe(self, codes: Mapping[str, Tensor | SparseCode], tokens: int, widths: Mapping[str, int] | None = None) -> None:
         "Count a batch of training; of processes that share it, `codes` are one's share, `tokens` are all. `widths`: latents that could fire; all if not given."
         for name, c in codes.items():
-            counts = add(fired(c), "batch")
-            silent = self.silent.get(name, torch.zeros_like(counts))
+            silent = self.silent.setdefault(name, torch.zeros_like(counts := add(fired(c), "batch")))
             silent[: (widths or {}).get(name)] += tokens
-            self.silent[name] = silent * (counts == 0)
+            silent *= counts == 0
 
     def dead(self, name: str) -> Bool[Tensor, " d_sae"]:
         return self.silent[name] > self.config.dead_after
 
-    def totals(self) -> dict[str, int]:
-        "How many latents are dead."
+    def totals(self) -> dict[str, int]:  # How many latents are dead
         return {name: int(add(self.dead(name).sum(), "latents")) for name in self.silent}
 
     def counts(self) -> dict[str, float]:

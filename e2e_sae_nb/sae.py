@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -129,15 +130,17 @@ class Architecture(nn.Module):
     def revive(self, latents: Int[Tensor, " n"], code: Float[Tensor, " n"]) -> None:
         "Set what an architecture has beside the encoder's weights and bias, for latents that were set to fire with these codes."
 
-    def _repr_html_(self) -> str:
-        return facts_table(f"{self.architecture} SAE", {"input width": self.d_in, "latents": self.d_sae, **self.options(), "dtype": self.b_dec.dtype,
-                                                        "device": self.b_dec.device, "parameters": sum(p.numel() for p in self.parameters())})
-
     @torch.no_grad()
     def scale_biases(self, factor: Float[Tensor, ""]) -> None:
         "Multiply all that is in units of the (scaled) input, in place."
         self.b_enc.mul_(factor)
         self.b_dec.mul_(factor)
+
+# %% ../nbs/06_sae.ipynb #a767c627
+@patch
+def _repr_html_(self: Architecture) -> str:
+    return facts_table(f"{self.architecture} SAE", {"input width": self.d_in, "latents": self.d_sae, **self.options(), "dtype": self.b_dec.dtype,
+                                                    "device": self.b_dec.device, "parameters": sum(p.numel() for p in self.parameters())})
 
 # %% ../nbs/06_sae.ipynb #d3e1a76b
 class SAE(Architecture):

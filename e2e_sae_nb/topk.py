@@ -22,7 +22,6 @@ from .sparse_step import Active, SparseCode, find_active, find_positive
 # %% ../nbs/06ab_topk.ipynb #edc3e37e
 class TopK(SAE):
     "The k largest pre-activations of every token (Gao et al. 2024)."
-
     architecture = "topk"
     silent: Int[Tensor, " d_sae"]  # tokens on which each latent might have fired since it did
     keep: Bool[Tensor, "*batch"] | None = None  # tokens of the batch at hand that count; None: all
@@ -48,14 +47,14 @@ class TopK(SAE):
         pre = torch.relu(x.to(self.W_enc.dtype) * self.input_scale @ self.W_enc[:, dead] + self.b_enc[dead])
         top = pre.topk(min(len(dead), max(1, self.d_in // 2)), dim=-1)
         revived = torch.zeros_like(pre).scatter(-1, top.indices, top.values) @ F.normalize(self.W_dec[dead], dim=-1)
-        size = error.square().sum(-1)
-        return self.aux_coeff * (revived - error).square().sum(-1) / batch_mean(size if self.keep is None else size[self.keep]).clamp_min(1e-12)
+        size = batch_mean((error if self.keep is None else error[self.keep]).square().sum(-1)).clamp_min(1e-12)
+        return self.aux_coeff * (revived - error).square().sum(-1) / size
 
     @torch.no_grad()
     def observe(self, c: Tensor | SparseCode) -> None:
         "Count who was silent in a batch of training, given the codes of the tokens that count."
-        fired = c.fired() if isinstance(c, SparseCode) else (c > 0).flatten(0, -2).sum(0)
-        self.silent[: self.width()] += add_numbers([torch.Size(c.batch if isinstance(c, SparseCode) else c.shape[:-1]).numel()], "batch")[0]
+        fired, shape = (c.fired(), c.batch) if isinstance(c, SparseCode) else ((c > 0).flatten(0, -2).sum(0), c.shape[:-1])
+        self.silent[: self.width()] += add_numbers([torch.Size(shape).numel()], "batch")[0]
         self.silent[add(fired, "batch") > 0] = 0
 
     def revive(self, latents: Tensor, code: Tensor) -> None:

@@ -52,7 +52,7 @@ def passes_per_step(config: RunConfig) -> int:
     "How many batches make an optimizer step."
     return (config.effective_batch_size or config.batch_size) // config.batch_size
 
-
+# %% ../nbs/13_train.ipynb #6718c920
 def accumulate(t: Training, tokens: Tensor, original: Original) -> dict[str, float]:  # What to log
     "Add one batch's gradient."
     keep = t.keep(tokens)
