@@ -38,7 +38,7 @@ def ratio_at(
     curves = [frontier_curve(rows, k) for k in (kind, other)]
     if not all(len(x) for x, _ in curves):
         return np.full(len(l0), np.nan)
-    over, under = (np.interp(l0, x, y, left=np.nan, right=np.nan) for x, y in curves)
+    over, under = (np.interp(np.asarray(l0, dtype=float), x, y, left=np.nan, right=np.nan) for x, y in curves)
     return over / under
 
 
