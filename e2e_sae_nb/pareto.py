@@ -8,6 +8,7 @@ __all__ = ['NEEDED', 'CE_RANGE', 'Table', 'read_table', 'final', 'paper', 'depth
 
 # %% ../nbs/40_pareto.ipynb #86ac2e99
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -78,12 +79,14 @@ def _origin(rows: Sequence[Mapping[str, Any]], records: Mapping[str, Mapping[str
 def final(
     rows: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    "At each position, the rows of the part that trained longest."
-    best: dict[str, tuple[int, str]] = {}
+    "At each position, the rows of the part with the most SAEs; of equals, the one that trained longest, then the last."
+    size = Counter((r["position"], r["part"]) for r in rows)
+    best: dict[str, tuple[int, int, str]] = {}
     for r in rows:
-        if r["tokens"] >= best.get(r["position"], (0, ""))[0]:
-            best[r["position"]] = r["tokens"], r["part"]
-    return [r for r in rows if best[r["position"]][1] == r["part"]]
+        rank = size[r["position"], r["part"]], r["tokens"]
+        if rank >= best.get(r["position"], (0, 0, ""))[:2]:
+            best[r["position"]] = *rank, r["part"]
+    return [r for r in rows if best[r["position"]][2] == r["part"]]
 
 # %% ../nbs/40_pareto.ipynb #c5e010e2
 def paper(

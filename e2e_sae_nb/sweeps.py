@@ -97,19 +97,32 @@ def _hash(config: FrontierConfig) -> str:
 
 
 def _finished(folder: Path, config: FrontierConfig) -> bool:
-    if not (folder / "table.json").is_file():
-        return False
+    return (folder / "table.json").is_file() and _same(read_json(folder / "table.json")["provenance"]["config"], config)
+
+
+def _same(stored: Any, config: FrontierConfig) -> bool:
     try:  # a table may be older than some keys, which then have their defaults
-        return _hash(from_dict(FrontierConfig, read_json(folder / "table.json")["provenance"]["config"])) == _hash(config)
+        return _hash(from_dict(FrontierConfig, stored)) == _hash(config)
     except UserError:
         return False
 
 
 def _join(parts: Mapping[str, FrontierConfig], out: Path, table: Path) -> Path:
-    done = {name: read_json(out / name / "table.json") for name, config in parts.items() if _finished(out / name, config)}
+    done = _stored(parts, table) | {name: read_json(out / name / "table.json") for name, config in parts.items() if _finished(out / name, config)}
+    done = {name: done[name] for name in parts if name in done}
     origins = {name: {k: v for k, v in record["provenance"].items() if k != "config"} for name, record in done.items()}
     write_json(table, {"rows": [row for record in done.values() for row in record["rows"]], "parts": origins,
                        "missing": [name for name in parts if name not in done],
                        "provenance": provenance({name: to_dict(config) for name, config in parts.items()}, tokens=sum(o["tokens"] for o in origins.values()),
                                                 seconds=sum(o["seconds"] for o in origins.values()))})
     return table
+
+
+def _stored(parts: Mapping[str, FrontierConfig], table: Path) -> dict[str, dict[str, Any]]:
+    "The parts that the table holds already, trained as the file asks for, perhaps elsewhere: what is not trained here is not lost."
+    if not table.is_file():
+        return {}
+    old = read_json(table)
+    same = [name for name in parts if name in old.get("parts", {}) and _same(old["provenance"]["config"].get(name), parts[name])]
+    return {name: {"rows": [row for row in old["rows"] if row["part"] == name], "provenance": old["parts"][name]} for name in same}
+
