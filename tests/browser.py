@@ -20,6 +20,14 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), "Escape": (27, ""), " ": (32, " "), "ArrowUp": (38, ""), "ArrowDown": (40, "")}
 
 
+# what the protocol says of an expression whose page went away while it was evaluated: a redirect, or a link that was followed
+GONE = ("navigated or closed", "context was destroyed", "Cannot find context", "context with specified id")
+
+
+class PageGone(Exception):
+    "The page was replaced while a command ran on it."
+
+
 class Browser:
     "One tab; `requests` and `messages` are those since the last `open`."
 
@@ -75,6 +83,8 @@ class Browser:
         self.socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while (message := self.receive()).get("id") != number:
             pass
+        if any(words in message.get("error", {}).get("message", "") for words in GONE):
+            raise PageGone(message["error"]["message"])
         assert "error" not in message, message
         return message["result"]
 
@@ -89,8 +99,15 @@ class Browser:
         self.js("new Promise(done => setTimeout(done, 100))")
 
     def js(self, expression: str) -> Any:
-        "The value of an expression on the page, awaited."
-        got = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        "The value of an expression on the page, awaited; on the next page, if this one goes away meanwhile."
+        for _ in range(20):
+            try:
+                got = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+                break
+            except PageGone:
+                time.sleep(0.1)
+        else:
+            raise AssertionError(f"no page stays long enough to evaluate {expression}")
         assert "exceptionDetails" not in got, got["exceptionDetails"]
         return got["result"].get("value")
 

@@ -168,6 +168,14 @@ def test_quarto_like_page_runs_offline(browser, tmp_path):
     assert browser.js("document.documentElement.dataset.quarto") == "ran" and browser.js("document.querySelectorAll('math').length") == 3
 
 
+@pytest.mark.parametrize("milliseconds", [0, 90, 110])
+def test_driver_follows_a_page_that_goes_away(browser, tmp_path, milliseconds):
+    (tmp_path / "next.html").write_text("<p>two</p>")
+    (tmp_path / "first.html").write_text(f"<script>setTimeout(() => location.href = 'next.html', {milliseconds})</script>one")
+    browser.open((tmp_path / "first.html").as_uri())
+    assert browser.wait("document.querySelector('p')?.innerText") == "two"
+
+
 def main() -> int:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary, Browser(Path(temporary)) as browser:
