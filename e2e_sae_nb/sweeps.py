@@ -50,17 +50,26 @@ def sweep_row(
     return {"part": part, "type": s["type"], **asked_for(run), "sparsity_coeff": s["sparsity_coeff"], "lr": run.config.lr, "seed": run.config.seed, "position": name,
             "ratio": run.config.saes.dict_size_to_input_ratio, **position,
             **{key: s[key] for key in ("ce_increase", "ce_orig", "ce_recovered", "kl", "top1_consistency", "tokens", "seconds", "seconds_shared", "eval_tokens")},
-            "grad_norm": _grad_norm(run), "downstream": s["downstream"], "run": "" if run.path is None else run.path.name,
+            "grad_norm": _grad_norm(run), "l0_course": _l0_course(run), "downstream": s["downstream"], "run": "" if run.path is None else run.path.name,
             "ce_increase_per_sequence": [round(value, 4) for value in run.ce_increase_per_sequence]}
 
 
+def _log(run: Run) -> list[dict[str, Any]]:
+    return [] if run.path is None else [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def _grad_norm(run: Run) -> float | None:
-    if run.path is None:
-        return None
-    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    norms = [(line["samples"], line["grad_norm"]) for line in lines if line.get("grad_norm") is not None]
+    norms = [(line["samples"], line["grad_norm"]) for line in _log(run) if line.get("grad_norm") is not None]
     late = [norm for samples, norm in norms if samples >= norms[-1][0] / 2]
     return sum(late) / len(late) if late else None
+
+
+def _l0_course(run: Run, stretches: int = 5) -> list[float | None]:
+    "Mean L0 of the logged batches in equal stretches of training; None where nothing was logged."
+    found = [(line["samples"], value) for line in _log(run) for key, value in line.items() if key.startswith("l0/")]
+    last = max((samples for samples, _ in found), default=0)
+    within = [[value for samples, value in found if i * last < stretches * samples <= (i + 1) * last] for i in range(stretches)]
+    return [round(sum(some) / len(some), 2) if some else None for some in within]
 
 # %% ../nbs/17_sweep.ipynb #5a9d2e03
 def run_sweep(

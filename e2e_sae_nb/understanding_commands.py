@@ -35,6 +35,8 @@ def autointerp(
     scorer: Annotated[str | None, typer.Option(help="Model that scores; the explaining one if not given.")] = None,
     base_url: Annotated[str | None, typer.Option(help="Of an OpenAI-compatible server, for instance http://127.0.0.1:8080/v1.")] = None,
     method: Annotated[str, typer.Option(help="detection or simulation.")] = "detection",
+    shown: Annotated[int, typer.Option(help="Passages per question of detection; weak models need few.")] = 20,
+    structured: Annotated[str, typer.Option(help="Hold answers to a schema: json_schema (OpenAI, vLLM, llama.cpp) or json_object (llama-cpp-python).")] = "no",
     latents: Annotated[int, typer.Option(help="How many, drawn at random.")] = 100,
     n_tokens: Annotated[int, typer.Option(help="Held-out tokens to take passages from.")] = 200_000,
     out: Annotated[Path, typer.Option(help="Where scores go; answers are kept beside it.")] = Path("autointerp.json"),
@@ -52,12 +54,12 @@ def autointerp(
     from e2e_sae_nb.state import subject_for
 
     run = load_run(run_dir)
-    ends = [auto.Endpoint(name, base_url, concurrency=concurrency, price_in=price_in, price_out=price_out) for name in (model, scorer or model)]
+    ends = [auto.Endpoint(name, base_url, concurrency=concurrency, price_in=price_in, price_out=price_out, structured=structured) for name in (model, scorer or model)]
     cases, cache = auto.cases_of(run, subject_for(run.config), latents, n_tokens=n_tokens), out.with_suffix(".answers.sqlite")
-    print(auto.foretell(cases, ends[0], ends[1], method, cache))
+    print(auto.foretell(cases, ends[0], ends[1], method, cache, shown))
     if not estimate_only:
-        result = auto.interpret(cases, ends[0], ends[1], method=method, cache=cache)
-        settings = {"run": run_dir.name, "method": method, "latents": latents, "n_tokens": n_tokens, "endpoints": [asdict(end) for end in ends]}
+        result = auto.interpret(cases, ends[0], ends[1], method=method, shown=shown, cache=cache)
+        settings = {"run": run_dir.name, "method": method, "shown": shown, "latents": latents, "n_tokens": n_tokens, "endpoints": [asdict(end) for end in ends]}
         write_json(out, result.to_dict() | {"provenance": provenance(settings, seed=0)})
         print(f"mean score {result.mean:.3f} of {len(result.scores)} latents; {out}")
 
