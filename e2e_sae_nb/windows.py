@@ -151,9 +151,10 @@ def _resampled(over: Sequence[Mapping[str, Any]], under: Sequence[Mapping[str, A
 
 # %% ../nbs/40b_windows.ipynb #e360230b
 def by_length(
-    rows: Sequence[Mapping[str, Any]],  # A sweep's rows, of one position and length
-    lengths: Mapping[str, Any],  # data/results/demo_training_length.json
-) -> dict[int, list[dict[str, Any]]]:  # Tokens -> rows, shortest first
-    "The demo's lengths together with the sweep's, in the form of a sweep's rows."
-    found = {v["tokens"]: [{"position": rows[0]["position"], "seed": 0, **r} for r in v["runs"]] for v in lengths["lengths"]}
-    return dict(sorted((found | {rows[0]["tokens"]: [dict(r) for r in rows]}).items()))
+    rows: Sequence[Mapping[str, Any]],  # Of one position, that differ in type, coefficient, seed and length
+) -> dict[int, list[dict[str, Any]]]:  # Training tokens -> rows, shortest first
+    "Rows by length, those whose type and coefficient every length has."
+    lengths = sorted({r["tokens"] for r in rows})
+    setting = lambda r: (r["type"], r["sparsity_coeff"])
+    common = set.intersection(*({setting(r) for r in rows if r["tokens"] == n} for n in lengths)) if lengths else set()
+    return {n: [dict(r) for r in rows if r["tokens"] == n and setting(r) in common] for n in lengths}
