@@ -50,12 +50,13 @@ def autointerp(
 
     from e2e_sae_nb import autointerp as auto
     from e2e_sae_nb.core import provenance, write_json
+    from e2e_sae_nb.passages import cases_of
     from e2e_sae_nb.runs import load_run
     from e2e_sae_nb.state import subject_for
 
     run = load_run(run_dir)
     ends = [auto.Endpoint(name, base_url, concurrency=concurrency, price_in=price_in, price_out=price_out, structured=structured) for name in (model, scorer or model)]
-    cases, cache = auto.cases_of(run, subject_for(run.config), latents, n_tokens=n_tokens), out.with_suffix(".answers.sqlite")
+    cases, cache = cases_of(run, subject_for(run.config), latents, n_tokens=n_tokens), out.with_suffix(".answers.sqlite")
     print(auto.foretell(cases, ends[0], ends[1], method, cache, shown))
     if not estimate_only:
         result = auto.interpret(cases, ends[0], ends[1], method=method, shown=shown, cache=cache)

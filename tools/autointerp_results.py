@@ -15,18 +15,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from e2e_sae_nb.autointerp import Interpretation, cases_of, compare_scores, interpret, score_explanations
+from e2e_sae_nb.autointerp import Interpretation, compare_scores, interpret, score_explanations
 from e2e_sae_nb.core import Stopwatch, provenance, repo_root, say, write_json
 from e2e_sae_nb.endpoint import Endpoint
 from e2e_sae_nb.kept import load_kept
 from e2e_sae_nb.models import load_subject
+from e2e_sae_nb.passages import cases_of
 from e2e_sae_nb.runs import Run, RunConfig
 
 MODEL = os.environ.get("MODEL", "gemma-3-270m-q4_k_m")
 SERVER = os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8123/v1")
 STRUCTURED = os.environ.get("STRUCTURED", "no")
 CACHE = Path("out/autointerp.answers.sqlite")
-N_TOKENS, SHOWN, SIMULATED = 100_000, 1, 4  # passages per question of detection; latents whose activations are also simulated
+N_TOKENS, SHOWN, SIMULATED = 100_000, 5, 2  # passages per question of detection; latents whose activations are also simulated
 MATCHES = {("early", "ce"): "similar CE increase", ("middle", "ce"): "similar CE increase", ("late", "ce"): "similar CE increase", ("middle", "l0"): "similar L0"}
 TYPES = ("local", "e2e+ds")  # what table 4 compares
 
