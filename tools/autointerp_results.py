@@ -27,7 +27,8 @@ MODEL = os.environ.get("MODEL", "gemma-3-270m-q4_k_m")
 SERVER = os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8123/v1")
 STRUCTURED = os.environ.get("STRUCTURED", "no")
 CACHE = Path("out/autointerp.answers.sqlite")
-N_TOKENS, SHOWN, SIMULATED = 100_000, 5, 2  # passages per question of detection; latents whose activations are also simulated
+N_TOKENS, SHOWN = 100_000, 5  # passages per question of detection
+SIMULATED = {("middle", "l0"): 1}  # latents whose activations are also simulated: twenty long answers each
 MATCHES = {("early", "ce"): "similar CE increase", ("middle", "ce"): "similar CE increase", ("late", "ce"): "similar CE increase", ("middle", "l0"): "similar L0"}
 TYPES = ("local", "e2e+ds")  # what table 4 compares
 
@@ -49,16 +50,16 @@ def main(latents: int) -> None:
             told = interpret(cases, end, **how)
             explanations = [s.explanation for s in told.scores]
             control = score_explanations(cases, [*explanations[1:], *explanations[:1]], end, explainer=MODEL, **how)
-            simulated = score_explanations(cases[:SIMULATED], explanations[:SIMULATED], end, explainer=MODEL, method="simulation", cache=CACHE)
+            some = SIMULATED.get((depth, match), 0)
+            simulated = score_explanations(cases[:some], explanations[:some], end, explainer=MODEL, method="simulation", cache=CACHE)
             means[kind] = facts(told)["scores"]
             saes.append({"depth": depth, "match": name, "type": kind, "run": kept.facts["run"], "latents": [s.latent for s in told.scores],
                          "explanations": [text[:120] for text in explanations], "questions": len(cases) * len(cases[0].test) // SHOWN,
-                         "detection": facts(told), "control": facts(control), "simulation": facts(simulated)})
-            say(f"{depth}, {name}, {kind}: detection {told.mean:.3f} (control {control.mean:.3f}), simulation {simulated.mean:.3f}; "
-                f"unreadable {saes[-1]['detection']['unreadable']}, {saes[-1]['simulation']['unreadable']}")
+                         "detection": facts(told), "control": facts(control), "simulation": facts(simulated) if some else None})
+            say(f"{depth}, {name}, {kind}: detection {told.mean:.3f} (control {control.mean:.3f}); {saes[-1]['detection']['unreadable']} answers unreadable")
         comparisons.append({"depth": depth, "match": name, **compare_scores(means["e2e+ds"], means["local"])})
     right, wrong = ([x for sae in saes for x in sae[key]["scores"]] for key in ("detection", "control"))
-    config = {"latents": latents, "n_tokens": N_TOKENS, "shown": SHOWN, "simulated": SIMULATED, "model": MODEL, "structured": STRUCTURED}
+    config = {"latents": latents, "n_tokens": N_TOKENS, "shown": SHOWN, "simulated": {"/".join(key): n for key, n in SIMULATED.items()}, "model": MODEL, "structured": STRUCTURED}
     write_json(repo_root() / "data" / "results" / "autointerp.json",
                {"explainer": MODEL, "saes": saes, "comparisons": comparisons, "against_control": compare_scores(right, wrong),
                 "provenance": provenance(config, seed=0, seconds=float(clock), command=f"STRUCTURED={STRUCTURED} python tools/autointerp_results.py {latents}")})
