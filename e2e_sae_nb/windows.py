@@ -77,7 +77,7 @@ def plot_ratios(
 ) -> Figure:
     "A panel per position: the ratio against L0, mean of the seeds with their range."
     where, told, words = positions_of(rows), paper("ce_increase_ratio")["value"], []
-    figure, axes = new_axes(len(where), width=3.7, height=3.4, sharey=True)
+    figure, axes = new_axes(len(where), width=3.7 if len(where) > 1 else 5.2, height=3.4, sharey=True)
     for ax, position in zip(axes, where, strict=True):
         here = [r for r in rows if r["position"] == position]
         l0 = np.geomspace(min(r["l0"] for r in here), max(r["l0"] for r in here), points)
@@ -96,7 +96,10 @@ def plot_ratios(
     axes[0].set_ylabel("CE increase / local's, at equal L0")
     axes[0].set_ylim(bottom=0)
     drawn = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(drawn.values()), list(drawn), loc="outside right upper")
+    if len(where) > 1:
+        figure.legend(list(drawn.values()), list(drawn), loc="outside right upper")
+    else:
+        axes[0].legend(list(drawn.values()), list(drawn))
     return alt_text(figure, "Ratio of CE increases to local's against L0, one panel per position: " + "; ".join(words) + ".")
 
 # %% ../nbs/40b_windows.ipynb #b89d3f88
