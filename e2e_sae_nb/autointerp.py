@@ -93,7 +93,7 @@ def _list_of(name: str, low: int, high: int, least: int, most: int) -> dict[str,
     numbers = {"type": "array", "items": {"type": "integer", "enum": list(range(low, high + 1))}, "minItems": least, "maxItems": most}
     return {"type": "object", "properties": {name: numbers}, "required": [name], "additionalProperties": False}
 
-
+# %% ../nbs/48_autointerp.ipynb #ed075d7e
 def read_list(answer: str) -> list[float] | None:  # None: there is none
     "The first JSON list of numbers in an answer."
     for found in re.finditer(r"\[[^\[\]]*\]", answer):
