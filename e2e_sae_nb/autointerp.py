@@ -197,7 +197,7 @@ def score_explanations(
         scores.append(LatentScore(case.latent, explanation, score, bad))
     return Interpretation(method, explainer, scorer.model, scores)
 
-
+# %% ../nbs/48_autointerp.ipynb #211cf32a
 def scoring_questions(case: Case, explanation: str, method: str, shown: int = 20) -> list[Question]:
     "What the scorer is asked about one latent."
     if method not in METHODS:
