@@ -132,6 +132,6 @@ def _stored(parts: Mapping[str, FrontierConfig], table: Path) -> dict[str, dict[
     if not table.is_file():
         return {}
     old = read_json(table)
-    same = [name for name in parts if name in old.get("parts", {}) and _same(old["provenance"]["config"].get(name), parts[name])]
+    asked = old.get("provenance", {}).get("config", {})
+    same = [name for name in parts if name in old.get("parts", {}) and name in asked and _same(asked[name], parts[name])]
     return {name: {"rows": [row for row in old["rows"] if row["part"] == name], "provenance": old["parts"][name]} for name in same}
-
