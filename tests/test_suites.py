@@ -120,7 +120,7 @@ def test_stored_result():
 def test_real_packages(tmp_path):
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
-    install = [python, "-m", "pip", "install", "-q", f"torch=={torch.__version__.partition('+')[0]}", "sae-bench==0.6.0", "sae-probes==0.4.2"]
+    install = [python, "-m", "pip", "install", "-q", f"torch=={torch.__version__.partition('+')[0]}", "sae-bench==0.6.0", "sae-probes==0.4.2", "fastcore"]  # the last for our side
     done = subprocess.run(install, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stderr[-2000:]
     subprocess.run([python, "-m", "pip", "uninstall", "-qy", "torchvision"], check=True)  # PyPI's is built for CUDA's torch and fails beside this one
