@@ -128,9 +128,9 @@ def new_sae(
     seed: int = 0,
     orthogonal: bool = True,
     dtype: torch.dtype = torch.float32,
-    **options: Any,  # k, bandwidth, ...: see `SAEConfig`
+    **options: Any,
 ) -> SAE:
-    "A fresh SAE of an architecture."
+    "A fresh SAE of an architecture; options are its settings (k, bandwidth, ...: see `SAEConfig`)."
     if architecture not in ARCHITECTURES:
         raise UserError(f"unknown architecture {architecture!r}; this version knows {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[architecture](d_in, d_sae, seed=seed, orthogonal=orthogonal, dtype=dtype, **options)

@@ -143,9 +143,9 @@ def sae_from_tensors(
     dtype: torch.dtype | None = None,
     where: str = "the file",  # For messages
     architecture: str = "relu",
-    **options: Any,  # The architecture's settings
+    **options: Any,
 ) -> SAE:  # Ready for use, not for training
-    "An SAE with these weights."
+    "An SAE with these weights; options are its architecture's settings (k, bandwidth, ...)."
     missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - set(values)
     if missing:
         raise UserError(f"{where} lacks {', '.join(sorted(missing))}; is it an SAE of this project?")

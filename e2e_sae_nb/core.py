@@ -247,9 +247,9 @@ def show_progress() -> bool:
 def progress(
     iterable: Iterable[T] | None = None,  # What to walk over; None for a bar moved by hand
     show: bool = True,  # False: a silent bar
-    **kwargs: Any,  # tqdm's: total, desc, unit, initial, ...
+    **kwargs: Any,
 ) -> Any:  # A tqdm bar
-    "A progress bar for terminal, notebook or log file."
+    "A progress bar for terminal, notebook or log file; further keywords are tqdm's (total, desc, unit, initial, ...)."
     from tqdm.auto import tqdm
 
     if not sys.stderr.isatty() and "ipykernel" not in sys.modules:  # a log file wants a line now and then

@@ -60,9 +60,9 @@ def finetune_config(
     n_samples: int,  # Sequences to fine-tune on
     lr: float = 5e-5,  # The paper's; short runs want more
     subject: Subject | None = None,  # Looked at if the run does not say how strong its penalty was; loaded by name if not given
-    **changes: Any,  # Of other keys of the configuration
+    **changes: Any,
 ) -> RunConfig:
-    "The configuration of a run's fine-tune."
+    "The configuration of a run's fine-tune; further keywords change other keys of it."
     if run.path is None:
         raise UserError("a fine-tune starts from a run folder; this run kept none (save_dir was null)")
     base, sparsity, folder = run.config, replace(run.config.loss.sparsity, p_end=None), latest_checkpoint(run.path)

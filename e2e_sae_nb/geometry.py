@@ -88,7 +88,8 @@ def plot_cosines(
         style = {key: STYLES[kind][key] for key in ("color", "linestyle")}
         ax.hist(values.numpy().clip(0, 1), bins=bins, density=True, histtype="step", linewidth=1.6, label=f"{kind}, mean {values.mean():.2f}", **style)
     ax.set(xlabel="largest cosine", xlim=(0, 1), title=title)
-    ax.legend(fontsize=8)
+    ax.margins(y=0.4)  # room for the legend
+    ax.legend(fontsize=8, loc="upper right")
     return ax
 
 # %% ../nbs/42_geometry.ipynb #de53344d

@@ -264,9 +264,9 @@ def tiny_model(
     vocab_size: int = 37,
     dtype: str = "float32",
     seed: int = 0,
-    **overrides: Any,  # Config keys
+    **overrides: Any,
 ) -> nn.Module:  # A randomly initialised causal language model
-    "A tiny random model of any architecture, without dropout."
+    "A tiny random model of any architecture, without dropout; further keywords are keys of its transformers config."
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {**_TINY.get(model_type, _TINY_LLAMA), **overrides}
@@ -285,9 +285,12 @@ def tiny_model(
 
 # %% ../nbs/05_models.ipynb #cc94ab6d
 def native_subject(
-    **config: Any,  # TransformerBridgeConfig's keys: n_layers, d_model, n_ctx, d_head, n_heads, d_vocab, act_fn, ...
+    **config: Any,
 ) -> Subject:
-    "A tiny random model of TransformerLens' own kind (`TransformerBridge.boot_native`); transformers is not asked."
+    """A tiny random model of TransformerLens' own kind (`TransformerBridge.boot_native`); transformers is not asked.
+
+    Keywords are `TransformerBridgeConfig`'s: n_layers, d_model, n_ctx, d_head, n_heads, d_vocab, act_fn, ...
+    """
     from transformer_lens.model_bridge import TransformerBridge
 
     return subject_from_model(TransformerBridge.boot_native(config).original_model, name="native")  # type: ignore[attr-defined]

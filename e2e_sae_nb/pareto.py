@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from .core import UserError, data_path, load_result, nearest, read_json
-from .plotting import STYLES, alt_text, new_axes, plot_frontier
+from .plotting import STYLES, alt_text, new_axes, plot_frontier, shared_legend
 from .ratios import bootstrap_ratio, ce_increase_ratio
 from .runs import load_run
 from .sweeps import sweep_row
@@ -179,9 +179,9 @@ def plot_depths(
         ax.set(ylim=(0.8 * min(ce), 1.25 * max(ce)), xscale="log", yscale="log")
         plain_log(ax.xaxis)
         plain_log(ax.yaxis)
-        if i and (legend := ax.get_legend()):
+        if i:
             ax.set_ylabel("")
-            legend.remove()
+    shared_legend(figure, title="trained with")
     return alt_text(figure, f"CE increase in nats per token against {x_label}, one panel per depth. " + " ".join(_in_words(over_seeds(rows), p, x) for p in where))
 
 # %% ../nbs/40_pareto.ipynb #fdb8081a

@@ -94,9 +94,9 @@ def cases_of(
     *,
     n_tokens: int = 200_000,  # Held-out tokens to look at
     seed: int = 0,
-    **how: int,  # explain, test, width: see `make_case`
+    **how: int,
 ) -> list[Case]:
-    "Cases of the run's (first) SAE."
+    "Cases of the run's (first) SAE; further keywords are `make_case`'s (explain, test, width)."
     if subject.tokenizer is None:
         raise UserError(f"{subject.name} has no tokenizer, so there is no text to explain anything by")
     decode, (place, sae) = lambda token: subject.tokenizer.decode([token]), next(iter(run.saes.items()))

@@ -36,9 +36,9 @@ PROCESSED = dict.fromkeys(RAW, True)
 def to_saelens(
     sae: SAE,
     hook_name: str,
-    **metadata: Any,  # model_name, context_size, ...
+    **metadata: Any,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:  # cfg.json, sae_weights.safetensors
-    "An SAE as SAELens would save it."
+    "An SAE as SAELens would save it; keywords become its metadata (model_name, context_size, ...)."
     copy = new_sae(sae.architecture, sae.d_in, sae.d_sae, orthogonal=False, dtype=sae.W_enc.dtype, **sae.options()).to(sae.W_enc.device)
     copy.load_state_dict(sae.state_dict())
     fold_input_scale(copy)

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .pareto import over_seeds, paper, paper_layer, plain_log, positions_of
-from .plotting import STYLES, alt_text, new_axes
+from .plotting import STYLES, alt_text, new_axes, shared_legend
 
 # %% ../nbs/40b_windows.ipynb #7b89329a
 def frontier_curve(
@@ -95,11 +95,7 @@ def plot_ratios(
         plain_log(ax.xaxis)
     axes[0].set_ylabel("CE increase / local's, at equal L0")
     axes[0].set_ylim(bottom=0)
-    drawn = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if len(where) > 1:
-        figure.legend(list(drawn.values()), list(drawn), loc="outside right upper")
-    else:
-        axes[0].legend(list(drawn.values()), list(drawn))
+    shared_legend(figure)
     return alt_text(figure, "Ratio of CE increases to local's against L0, one panel per position: " + "; ".join(words) + ".")
 
 # %% ../nbs/40b_windows.ipynb #b89d3f88

@@ -51,6 +51,13 @@ def test_module_size(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_keywords_are_told_in_the_docstring(path):
+    "A comment beside **kwargs would stand beside the return value on the site."
+    told = re.findall(r"^ +\*\*\w+: .*,? +#.*$", path.read_text(encoding="utf-8"), re.M)
+    assert not told, f"say it in the docstring: {told[0].strip()}"
+
+
 @pytest.mark.parametrize("path", all_notebooks(), ids=lambda p: p.stem)
 def test_notebook(path):
     assert path.stat().st_size <= 400_000, "outputs are too heavy"
