@@ -287,10 +287,7 @@ def tiny_model(
 def native_subject(
     **config: Any,
 ) -> Subject:
-    """A tiny random model of TransformerLens' own kind (`TransformerBridge.boot_native`); transformers is not asked.
-
-    Keywords are `TransformerBridgeConfig`'s: n_layers, d_model, n_ctx, d_head, n_heads, d_vocab, act_fn, ...
-    """
+    "A tiny random model of TransformerLens' own kind (`boot_native`) of a `TransformerBridgeConfig` with these keys (n_layers, d_model, n_ctx, ...)."
     from transformer_lens.model_bridge import TransformerBridge
 
     return subject_from_model(TransformerBridge.boot_native(config).original_model, name="native")  # type: ignore[attr-defined]

@@ -11,6 +11,8 @@ import yaml
 from conftest import ROOT
 from notebooks import all_notebooks
 
+from e2e_sae_nb import _modidx
+
 PACKAGE = ROOT / "e2e_sae_nb"
 MODULES = sorted(p for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
 EXPORTS, FLAGS = {"export", "exports", "exporti"}, {"notest", "slow", "cuda"}
@@ -44,6 +46,16 @@ def test_imports_point_downward(path):
             names = [a.name.split(".")[1] for a in node.names if a.name.startswith("e2e_sae_nb.")]
         for name in filter(None, names):
             assert numbers[name] < numbers[path.stem], f"{path.stem} imports {name}, which comes later in the book"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_every_public_symbol_has_its_place_in_the_index(path):
+    "From which the site takes its source links; nbdev passes over notebooks with `auto` in their names."
+    public = {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body
+              if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+              and not any(ast.unparse(decorator).split("(")[0] == "patch" for decorator in node.decorator_list)}
+    index = {name.rpartition(".")[2] for name in _modidx.d["syms"][f"e2e_sae_nb.{path.stem}"]}
+    assert public <= index
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)

@@ -108,6 +108,14 @@ def test_the_renderer_from_pypi_knows_every_key():
     ("### f\n\n```python\ndef f(\n    a:__main__.A | None, # As in [`g`](/nbs/g.ipynb#g)\n)->__main__.A:\n```\n\n*See [`g`](/nbs/g.ipynb#g)*",
      "### f\n\n```python\ndef f(\n    a:A | None, # As in `g`\n)->A:\n```\n\n*See [`g`](/nbs/g.ipynb#g)*"),
     ("`__main__.py` [`g`](g.ipynb)", "`__main__.py` [`g`](g.ipynb)"),
+    # a class is shown as one, a dataclass with the comments of its fields
+    ("[source](x/e2e_sae_nb/losses.py#L9)\n\n### InToOrigConfig\n\n```python\ndef InToOrigConfig(\n    hook_positions:tuple, total_coeff:float\n)->None:\n```\n\n*D*",
+     "[source](x/e2e_sae_nb/losses.py#L9)\n\n### InToOrigConfig\n\n```python\nclass InToOrigConfig(\n    hook_positions:tuple, # later hook points, exact names or substrings\n"
+     "    total_coeff:float, # beta, split evenly over the positions\n):\n```\n\n*D*"),
+    ("[source](x/e2e_sae_nb/sae.py#L9)\n\n### SAE\n\n```python\ndef SAE(\n    d_in:int, x:e2e_sae_nb.sae.Other | None=None, # width\n)->None:\n```",
+     "[source](x/e2e_sae_nb/sae.py#L9)\n\n### SAE\n\n```python\nclass SAE(\n    d_in:int, x:Other | None=None, # width\n):\n```"),
+    ("[source](x/e2e_sae_nb/losses.py#L9)\n\n### mse\n\n```python\ndef mse(\n    a:jaxtyping.Float[Tensor, '*b d']\n)->None:\n```",
+     "[source](x/e2e_sae_nb/losses.py#L9)\n\n### mse\n\n```python\ndef mse(\n    a:Float[Tensor, '*b d']\n)->None:\n```"),
 ])
 def test_signatures_read_like_the_module(text, expected):
     assert _docs._signature(text) == expected
