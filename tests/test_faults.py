@@ -17,7 +17,8 @@ def test_five_kills(tmp_path):
                           text=True, timeout=900, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     counts = json.loads((tmp_path / "faults.json").read_text())["eager"]
-    assert counts["kills"] == 5 and counts["finished_runs"] >= 1
+    # a kill before the first checkpoint leaves nothing to resume, so that another takes its place
+    assert min(counts["kills"], counts["resumes"]) >= 5 and counts["finished_runs"] >= 1
     assert counts["corrupt_checkpoints"] == counts["failed_resumes"] == counts["differing_results"] == 0
 
 

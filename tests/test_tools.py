@@ -1,5 +1,7 @@
 """The tools around the notebooks: landing page, link checker, documentation glue, and what the wheel carries."""
 
+import ast
+import inspect
 import os
 import re
 import shutil
@@ -12,7 +14,8 @@ import readme
 import yaml
 from conftest import ROOT
 
-from e2e_sae_nb import _docs
+from e2e_sae_nb import _docs, _modidx, _signatures, cli
+from e2e_sae_nb.core import UserError
 
 MODEL = ROOT / "data" / "docstrings-lm"
 
@@ -108,17 +111,49 @@ def test_the_renderer_from_pypi_knows_every_key():
     ("### f\n\n```python\ndef f(\n    a:__main__.A | None, # As in [`g`](/nbs/g.ipynb#g)\n)->__main__.A:\n```\n\n*See [`g`](/nbs/g.ipynb#g)*",
      "### f\n\n```python\ndef f(\n    a:A | None, # As in `g`\n)->A:\n```\n\n*See [`g`](/nbs/g.ipynb#g)*"),
     ("`__main__.py` [`g`](g.ipynb)", "`__main__.py` [`g`](g.ipynb)"),
-    # a class is shown as one, a dataclass with the comments of its fields
+    # where the module is known, from its source: a dataclass with the comments of its fields, types in full
     ("[source](x/e2e_sae_nb/losses.py#L9)\n\n### InToOrigConfig\n\n```python\ndef InToOrigConfig(\n    hook_positions:tuple, total_coeff:float\n)->None:\n```\n\n*D*",
-     "[source](x/e2e_sae_nb/losses.py#L9)\n\n### InToOrigConfig\n\n```python\nclass InToOrigConfig(\n    hook_positions:tuple, # later hook points, exact names or substrings\n"
-     "    total_coeff:float, # beta, split evenly over the positions\n):\n```\n\n*D*"),
-    ("[source](x/e2e_sae_nb/sae.py#L9)\n\n### SAE\n\n```python\ndef SAE(\n    d_in:int, x:e2e_sae_nb.sae.Other | None=None, # width\n)->None:\n```",
-     "[source](x/e2e_sae_nb/sae.py#L9)\n\n### SAE\n\n```python\nclass SAE(\n    d_in:int, x:Other | None=None, # width\n):\n```"),
-    ("[source](x/e2e_sae_nb/losses.py#L9)\n\n### mse\n\n```python\ndef mse(\n    a:jaxtyping.Float[Tensor, '*b d']\n)->None:\n```",
-     "[source](x/e2e_sae_nb/losses.py#L9)\n\n### mse\n\n```python\ndef mse(\n    a:Float[Tensor, '*b d']\n)->None:\n```"),
+     "[source](x/e2e_sae_nb/losses.py#L9)\n\n### InToOrigConfig\n\n```python\nclass InToOrigConfig(\n"
+     "    hook_positions: tuple[str, ...],  # later hook points, exact names or substrings\n"
+     "    total_coeff: float,  # beta, split evenly over the positions\n):\n```\n\n*D*"),
+    ("[source](x/e2e_sae_nb/sae.py#L9)\n\n### SAE\n\n```python\ndef SAE(\n    d_in:int\n)->None:\n```",
+     "[source](x/e2e_sae_nb/sae.py#L9)\n\n### SAE\n\n```python\nclass SAE(\n    d_in: int,\n    d_sae: int,\n    *,\n    seed: int = 0,\n    orthogonal: bool = True,\n"
+     "    dtype: torch.dtype = torch.float32,\n    d_out: int | None = None,\n    reads: str | None = None,\n):\n```"),
+    ("[source](x/e2e_sae_nb/sae.py#L9)\n\n### SAE.encode\n\n```python\ndef encode(\n    x\n)->jaxtyping.Float:\n```",
+     "[source](x/e2e_sae_nb/sae.py#L9)\n\n### SAE.encode\n\n```python\ndef encode(self, x: Float[Tensor, \"*batch d_in\"]) -> Float[Tensor, \"*batch d_sae\"]:\n```"),
 ])
 def test_signatures_read_like_the_module(text, expected):
     assert _docs._signature(text) == expected
+
+
+def test_every_signature_on_the_site_is_that_of_the_object():
+    "Held to `inspect`, and every form it can be broken into too."
+    seen = 0
+    for module, symbols in _modidx.d["syms"].items():
+        for name in (symbol.removeprefix(f"{module}.") for symbol in symbols):
+            about = _signatures._object(module.rpartition(".")[2], name)
+            header = _signatures._header(about)
+            made = not isinstance(about, type) or "__init__" in vars(about) or hasattr(about, "_fields")
+            if header is None or not made or any(part.startswith("_") for part in name.split(".")):
+                continue
+            expected = list(inspect.signature(about).parameters)
+            for form in {header, header if "\n" in header else _signatures._broken(header)}:
+                node = ast.parse(re.sub("^class", "def", form) + "\n    pass").body[0]
+                a = node.args
+                assert [arg.arg for arg in (*a.posonlyargs, *a.args, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg]))] == expected, name
+                assert node.name == name.rpartition(".")[2]
+            seen += 1
+    assert seen > 500
+    assert _signatures._header(UserError) == "class UserError(ValueError):"
+
+
+def test_a_signature_is_that_of_the_page():
+    "`bench` is a function and a command; nbdev links both to the function."
+    text = "[source](x/e2e_sae_nb/bench.py#L9)\n\n### bench\n\n```python\ndef bench(\n    a\n)->None:\n```"
+    function, command = _docs._signature(text), _docs._signature(text, "cli")
+    line = inspect.getsourcelines(cli.bench)[1]
+    assert "bench.py#L9" in function and "on_result" in function
+    assert f"/cli.py#L{line})" in command and "typer.Option" in command and _docs._signature(text, "sae") == function
 
 
 @pytest.mark.parametrize("formula, says", [(r"\left( x", "formula"), (r"\nosuchmacro x", "unknown macro")])
