@@ -68,12 +68,14 @@ def _broken(header: str) -> str:
     def text(part: ast.AST) -> str:
         return ast.get_source_segment(source, part) or ""
 
+    def told(args: list[ast.arg], defaults: list[Any]) -> list[str]:
+        return [text(arg) + (f" = {text(value)}" if value else "") for arg, value in zip(args, defaults, strict=True)]
+
     a = node.args
     plain = [*a.posonlyargs, *a.args]
-    defaults = [*[None] * (len(plain) - len(a.defaults)), *a.defaults]
-    lines = [text(arg) + (f" = {text(value)}" if value else "") for arg, value in zip(plain, defaults, strict=True)]
+    lines = told(plain, [*[None] * (len(plain) - len(a.defaults)), *a.defaults])
     lines += [f"*{text(a.vararg)}"] if a.vararg else ["*"] if a.kwonlyargs else []
-    lines += [text(arg) + (f" = {text(value)}" if value else "") for arg, value in zip(a.kwonlyargs, a.kw_defaults, strict=True)]
+    lines += told(a.kwonlyargs, a.kw_defaults)
     lines += [f"**{text(a.kwarg)}"] if a.kwarg else []
     end = f") -> {text(node.returns)}:" if node.returns else "):"
     return f"{header[:header.index('(')]}(\n" + "".join(f"    {line},\n" for line in lines) + end + "".join(re.findall(r"  #.*$", header))
