@@ -59,7 +59,7 @@ def test_every_public_symbol_has_its_place_in_the_index(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 def test_module_size(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
