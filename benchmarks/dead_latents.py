@@ -33,7 +33,7 @@ def config(architecture: str, kind: str, handling: dict[str, Any], seed: int, sa
     coeff = coeff * (0.25 if kind == "e2e" else 1.0)  # coefficients mean different things; these give a similar L0
     return RunConfig.from_dict({
         "tlens_model_name": "docstrings", "seed": seed, "lr": 1e-2, "batch_size": 4, "n_samples": samples, "warmup_samples": samples // 4, "min_lr_factor": 0.1,
-        "max_grad_norm": 10.0, "compute_dtype": "bfloat16", "eval_n_samples": min(EVALUATED, samples), "collect_act_frequency_every_n_samples": 0, "save_dir": None,
+        "max_grad_norm": 10.0, "compute_dtype": "auto", "eval_n_samples": min(EVALUATED, samples), "collect_act_frequency_every_n_samples": 0, "save_dir": None,
         "loss": {"sparsity": {"coeff": coeff}, **LOSSES[kind]}, "train_data": {"dataset_name": "docstrings", "n_ctx": 256, "seed": seed},
         "saes": {"sae_positions": PLACE, "dict_size_to_input_ratio": 16, "dead_after": min(DEAD_AFTER, 64 * samples), **sae, **handling}})
 

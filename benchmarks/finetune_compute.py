@@ -36,7 +36,7 @@ def config(architecture: str, kind: str, seed: int, samples: int, folder: Path) 
     term = {"out_to_in": {"coeff": 1.0}} if kind == "local" else {"logits_kl": {"coeff": 1.0}}
     return RunConfig.from_dict({
         "tlens_model_name": "docstrings", "seed": seed, "lr": LR, "batch_size": 2, "n_samples": samples, "warmup_samples": samples // 4, "min_lr_factor": 0.1,
-        "max_grad_norm": 10.0, "compute_dtype": "bfloat16", "compile": samples >= 100, "eval_n_samples": min(EVALUATED, samples), "save_dir": folder,
+        "max_grad_norm": 10.0, "compute_dtype": "auto", "compile": "auto", "eval_n_samples": min(EVALUATED, samples), "save_dir": folder,
         "collect_act_frequency_every_n_samples": 0, "loss": {"sparsity": penalty, **term}, "train_data": {"dataset_name": "docstrings", "n_ctx": N_CTX, "seed": seed},
         "saes": {"sae_positions": PLACE, "dict_size_to_input_ratio": 16, "architecture": architecture, **({"k": L0} if takes_k else {})}})
 

@@ -100,7 +100,7 @@ def training(kind: str, steps: int) -> dict[str, Any]:
     config = {"tlens_model_path": str(FOLDER), "train_data": {"dataset_name": str(TEXT), "n_ctx": N_CTX, "seed": 0, "add_bos": True},
               "saes": {"sae_positions": PLACE, "dict_size_to_input_ratio": RATIO, "architecture": "topk", "k": 64, "activation_norm": "unit"},
               "loss": {"sparsity": {"coeff": 0.0}, **loss}, "lr": 1e-3, "batch_size": BATCH, "n_samples": BATCH * steps, "warmup_samples": BATCH * steps // 10,
-              "eval_n_samples": 10, "eval_every_n_samples": 0, "max_grad_norm": 1.0, "log_every_n_grad_steps": 1, "compute_dtype": "bfloat16",
+              "eval_n_samples": 10, "eval_every_n_samples": 0, "max_grad_norm": 1.0, "log_every_n_grad_steps": 1, "compute_dtype": "auto",
               "collect_act_frequency_every_n_samples": 0, "save_dir": str(FOLDER.parent / "gemma3-runs")}
     run = train(RunConfig.from_dict(config))
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]

@@ -18,6 +18,7 @@ import typer
 from .exchange_commands import Overrides, export, import_, pull, push
 from .understanding_commands import autointerp, features, generate
 from .data_commands import tokenize
+from .threads import settle_environment
 
 # %% ../nbs/90_cli.ipynb #c4f3fb17
 app = typer.Typer(name="e2e-sae", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -164,7 +165,7 @@ def train_lm(
 
     config = from_dict(LMConfig, apply_overrides({}, set_ or ()))
     streams, size = prepare_text(data, out, vocab_size, new_tokenizer)
-    run_training(config, streams.pop("train"), streams, size, out, compile=not eager)
+    run_training(config, streams.pop("train"), streams, size, out, compile=False if eager else "auto")
     print(out)
 
 # %% ../nbs/90_cli.ipynb #7d91d4ac
@@ -193,6 +194,7 @@ def print_run(summary: dict) -> None:
 def main() -> None:
     "Entry point: a `UserError` becomes one line on stderr and exit status 2. Of several processes, the first prints the results."
     code: Any = 0
+    settle_environment()
     rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"  # as torchrun says
     if rank != "0":
         sys.stdout = open(os.devnull, "w")

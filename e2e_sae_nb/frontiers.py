@@ -20,10 +20,11 @@ from .members import FrontierConfig, members
 from .memory import advice_on_memory
 from .models import Subject
 from .passes import Pass, set_out, take_up
-from .runs import MetricsLog, Run, RunConfig, load_run
+from .runs import MetricsLog, Run, RunConfig, load_run, settle
 from .sae import TAKE_K
 from .state import Training, subject_for, writing
 from .stopping import StopRequest
+from .threads import settle_threads
 from .training import accumulate, due, evaluate_trainings, finish, flat_values, open_log, optimizer_step, passes_per_step
 
 # %% ../nbs/14_frontier.ipynb #430ba0f0
@@ -96,6 +97,7 @@ def frontier(
     resume: bool = False,  # Go on with what an interrupted pass left in save_dir; begin if it left nothing
 ) -> Frontier:
     "Train many SAEs in one pass over the data."
+    settle_threads()
     base = configs.base if isinstance(configs, FrontierConfig) else configs[0]
     subject = subject or subject_for(base)
     all_configs = members(configs, subject) if isinstance(configs, FrontierConfig) else list(configs)
@@ -105,7 +107,7 @@ def frontier(
         check_spread(all_configs)
         if (folder := base.save_dir) is not None:
             on_first(lambda: _lock(folder, held))
-        state = (take_up(all_configs, subject) if resume else None) or set_out(all_configs, subject)
+        state = (take_up(all_configs, subject) if resume else None) or _set_out(all_configs, subject)
         for t in state.trainings:
             held.enter_context(writing(t))
         held.enter_context(advice_on_memory(state.trainings))
@@ -113,6 +115,15 @@ def frontier(
             return _run(configs, state, on_finish)
         except LostProcess as error:
             raise LostProcess(f"{error}; go on from the last common checkpoint, if there is one, with --resume") from None
+
+
+def _set_out(configs: Sequence[RunConfig], subject: Subject) -> Pass:
+    "A fresh pass whose members share what was settled by measurement, and its record."
+    settled, facts = settle(configs, subject)
+    state = set_out(settled, subject)
+    for t in state.trainings:
+        t.computing = facts
+    return state
 
 
 def _lock(folder: Path, held: contextlib.ExitStack) -> None:

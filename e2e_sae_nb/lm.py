@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LMConfig', 'lr_factor', 'batches', 'baselines', 'new_model', 'optimizers', 'lm_loss', 'held_out_ce', 'compiled',
-           'train_lm', 'finish', 'prepare_text']
+           'compiling_pays', 'settle_lm', 'train_lm', 'finish', 'prepare_text']
 
 # %% ../nbs/15_lm.ipynb #af4c699d
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .compiling import AT_LEAST, FASTER, Compiling
 from .core import Stopwatch, UserError, atomic_path, data_path, generator, pick_device, progress, provenance, say, write_json
 from .corpus import docstring_corpus, read_docstrings, split_by_hash, train_tokenizer
 from .documents import DataConfig, belongs, open_documents, values_of
+from .machine import CHOICES, SMALL, choose_precision, products_of, wait_for
+from .threads import settle_threads
 
 # %% ../nbs/15_lm.ipynb #0c777b2a
 @dataclass(frozen=True)
@@ -131,10 +134,10 @@ def optimizers(
 def lm_loss(
     model,  # GPT2LMHeadModel
     rows: Int[Tensor, "batch ctx_plus_1"],
-    autocast: bool,  # bfloat16 matrix products
+    low: bool,  # bfloat16 matrix products
 ) -> Float[Tensor, ""]:  # nats per token
     "Next-token cross-entropy; softmax and mean in float32."
-    with torch.autocast(rows.device.type, torch.bfloat16, enabled=autocast):
+    with torch.autocast(rows.device.type, torch.bfloat16, enabled=low):
         hidden = model.transformer(rows[:, :-1], use_cache=False).last_hidden_state
         logits = F.linear(hidden, model.lm_head.weight)
         return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
@@ -158,18 +161,18 @@ def held_out_ce(
     return total / count
 
 # %% ../nbs/15_lm.ipynb #e821ff1b
-def _save(path: Path, step: int, model, optimizers: list, record: list) -> None:
+def _save(path: Path, step: int, model, optimizers: list, record: list, computing: dict) -> None:
     with atomic_path(path) as temporary:
         torch.save({"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                    "record": record}, temporary)
+                    "record": record, "computing": computing}, temporary)
 
 
-def _load(path: Path, model, optimizers: list) -> tuple[int, list]:
+def _load(path: Path, model, optimizers: list) -> tuple[int, list, dict]:
     state = torch.load(path, weights_only=True, map_location=model.device)  # tensors and plain containers only
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    return state["step"], state["record"]
+    return state["step"], state["record"], state.get("computing", {})
 
 
 def compiled(function: Any, wanted: bool) -> Any:
@@ -179,6 +182,61 @@ def compiled(function: Any, wanted: bool) -> Any:
     if not wanted or not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return function
     return torch.compile(function)
+
+# %% ../nbs/15_lm.ipynb #a4b279b6
+def _step_seconds(model, function: Any, rows: Tensor, low: bool) -> float:
+    "How long a step's forward and backward pass take; the gradients are thrown away."
+    wait_for(rows.device)
+    clock = Stopwatch()
+    function(model, rows, low).backward()
+    wait_for(rows.device)
+    model.zero_grad(set_to_none=True)
+    return float(clock)
+
+# %% ../nbs/15_lm.ipynb #8ef3e816
+def compiling_pays(
+    model,  # GPT2LMHeadModel
+    rows: Int[Tensor, "batch ctx_plus_1"],  # A batch of the shape to come, on the model's device
+    steps: int,  # That are to be taken
+    low: bool,  # In bfloat16
+    seconds: Callable[..., float] = _step_seconds,  # Another one for tests
+) -> Compiling:
+    "Whether compiled steps are faster by `FASTER`, tried only where eager ones take more than `AT_LEAST` seconds in all."
+    eager, function = [seconds(model, lm_loss, rows, low)], compiled(lm_loss, True)
+    if eager[0] * steps < AT_LEAST or function is lm_loss:
+        return Compiling(False, "there is no C++ compiler" if eager[0] * steps >= AT_LEAST else "the training is too short", eager[0])
+    try:
+        seconds(model, function, rows, low)  # compiles
+    except (torch.OutOfMemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # the compiler's own kinds are many and change between versions
+        model.zero_grad(set_to_none=True)
+        return Compiling(False, f"it could not be compiled ({type(error).__name__})", eager[0])
+    fast = []
+    for _ in range(3):
+        eager.append(seconds(model, lm_loss, rows, low))
+        fast.append(seconds(model, function, rows, low))
+    return Compiling(min(fast) * FASTER <= min(eager), "measured", min(eager), min(fast))
+
+# %% ../nbs/15_lm.ipynb #4a78d090
+def settle_lm(
+    model,  # GPT2LMHeadModel, on its device
+    config: LMConfig,
+    compute_dtype: str,
+    compile: Any,  # "auto", True or False
+    steps: int,  # That are to be taken
+) -> dict[str, Any]:  # compute_dtype, compile, and what was measured
+    "What `train_lm` leaves to measurement."
+    if compute_dtype not in CHOICES or compile not in ("auto", True, False):
+        raise UserError(f"compute_dtype is one of {', '.join(CHOICES)} and compile one of auto, true, false; got {compute_dtype!r} and {compile!r}")
+    products = products_of(config.batch_size * config.n_ctx, config.d_model, model.config.vocab_size)
+    choice = choose_precision("float32" if compile is False and compute_dtype == "auto" else compute_dtype, products, model.device)
+    if compile != "auto":
+        return choice.facts() | {"compile": compile}
+    if max(a * b * c for a, b, c in products) < SMALL:
+        return choice.facts() | Compiling(False, "too small for it to matter").facts()
+    rows = torch.randint(model.config.vocab_size, (config.batch_size, config.n_ctx + 1), generator=generator(config.seed, "compiling"))
+    return choice.facts() | compiling_pays(model, rows.to(model.device), steps, choice.value == "bfloat16").facts()
 
 # %% ../nbs/15_lm.ipynb #57c40426
 def _update(model, optimizers: list, config: LMConfig, lr: float) -> None:
@@ -198,22 +256,24 @@ def train_lm(
     out: str | Path,  # Folder for the checkpoint while training; the model and its record come to lie here
     *,
     device: str | None = None,
-    compile: bool = True,  # Compiled bfloat16 autocast; False: eager float32 (bit-reproducible)
+    compute_dtype: str = "auto",  # Of matrix products: float32, bfloat16, or auto: the faster one, measured
+    compile: Any = "auto",  # auto: where it pays; True; False: eager, and float32 if auto (reproducible to the bit)
 ) -> Any:  # The trained transformers model
     "Train a subject model; called again with the same folder, it goes on where it was stopped."
+    settle_threads()
     out, clock, where = Path(out), Stopwatch(), pick_device(device)
-    model: Any = new_model(config, vocab_size)
-    model.to(where)
+    model: Any = new_model(config, vocab_size).to(where)  # type: ignore[arg-type]
     optimisers = optimizers(model, config)
     total = math.ceil(config.epochs * (len(train) / ((config.n_ctx + 1) * config.batch_size)))
-    step, record = _load(out / "resume.pt", model, optimisers) if (out / "resume.pt").is_file() else (0, [])
+    step, record, made = _load(out / "resume.pt", model, optimisers) if (out / "resume.pt").is_file() else (0, [], {})
+    made = made or settle_lm(model, config, compute_dtype, compile, total - step)
     before = record[-1]["seconds"] if record else 0.0
-    loss_fn = compiled(lm_loss, compile)
+    loss_fn = compiled(lm_loss, made["compile"])
     bar = progress(total=total, initial=step, desc="train-lm", unit="step")
     for rows in batches(train, config, step):
         if step >= total:
             break
-        loss = loss_fn(model, rows.to(where), compile)
+        loss = loss_fn(model, rows.to(where), made["compute_dtype"] == "bfloat16")
         loss.backward()
         _update(model, optimisers, config, config.lr * lr_factor(step, total, config))
         step += 1
@@ -224,9 +284,9 @@ def train_lm(
                            "held_out_ce": ce, "seconds": round(before + float(clock), 1)})
             bar.set_postfix(held_out=f"{ce:.3f}")
         if step % config.save_every == 0 or step == total:
-            _save(out / "resume.pt", step, model, optimisers, record)
+            _save(out / "resume.pt", step, model, optimisers, record, made)
     bar.close()
-    return finish(model, config, train, held_out, vocab_size, record, out)
+    return finish(model, config, train, held_out, vocab_size, record, out, made)
 
 # %% ../nbs/15_lm.ipynb #0b25027d
 def finish(
@@ -237,6 +297,7 @@ def finish(
     vocab_size: int,
     record: list[dict],  # Loss curve
     out: Path,
+    computing: dict[str, Any] | None = None,  # What was settled by measurement
 ) -> Any:  # The model, float32 holding float16-rounded weights
     "Round, evaluate, and save model and `training.json`."
     model = model.half().float().eval()
@@ -247,7 +308,7 @@ def finish(
                         device=model.device)
     write_json(out / "training.json", {"held_out": results, "train_tokens": len(train), "steps": steps,
                                        "parameters": sum(p.numel() for p in model.parameters()),
-                                       "curve": record, "provenance": origin})
+                                       "curve": record, "computing": computing or {}, "provenance": origin})
     shipped = new_model(config, vocab_size).half()
     shipped.load_state_dict(model.state_dict())
     shipped.save_pretrained(out)

@@ -14,7 +14,7 @@ from .checkpoint import checkpoints, clear_up
 from .core import FORMAT_VERSION, Stopwatch, UserError, check_format, read_json, write_json
 from .devices import from_turns, in_turns, on_first, rank
 from .models import Subject
-from .runs import RunConfig, run_config
+from .runs import RunConfig, as_settled, run_config
 from .state import Training, begin, resume, save
 
 # %% ../nbs/13a_pass.ipynb #f5178b74
@@ -80,7 +80,8 @@ def take_up(
     check_format(record.get("format_version"), folder / RECORD)
     paths = [Path(folder) / name for name in record["members"]]
     portable = [[replace(c, save_dir=None, device=None) for c in group] for group in (configs, map(run_config, paths))]
-    if portable[0] != portable[1]:
+    settled = [as_settled(a, b) for a, b in zip(*portable, strict=False)]  # what was left to measurement is as the runs have it
+    if settled != portable[1] or len(portable[0]) != len(portable[1]):
         raise UserError(f"{folder} holds a frontier of another configuration; give another save_dir, or the configuration it was begun with")
     on_first(lambda: [clear_up(path) for path in paths])  # a checkpoint that had stepped aside may be the last
     reached = max(set.intersection(*({0, *checkpoints(path)} for path in paths)))  # 0: the beginning

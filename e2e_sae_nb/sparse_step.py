@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .devices import add, divides, join_latents
 from .kernels import bag_sums, pair_products
+from .machine import choose_precision, products_of
 from .sae import SAE, SAEActs
 
 # %% ../nbs/06a_sparse_step.ipynb #62f7f81a
@@ -82,9 +83,11 @@ _SLACK = 2.0**-8 * 1.05  # the bound above, with room for rounding the bound its
 
 
 def can_screen(x: Tensor) -> bool:
-    "Whether bfloat16 products are fast here and float32 is what they stand in for."
-    cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return x.dtype == torch.float32 and x.device.type == "cpu" and cpu()
+    "Whether bfloat16 products were measured to be twice as fast here, and float32 is what they stand in for."
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    choice = choose_precision("auto", products_of(*x.shape), x.device)  # of inputs, not latents: what a run has measured already
+    return choice.value == "bfloat16" and (choice.rates is None or choice.rates.gain >= 2)
 
 
 class Active(NamedTuple):

@@ -32,13 +32,14 @@ from .devices import add, any_process, divides, my_rows, once, writes
 from .documents import Role
 from .e2e_sae_files import load_pretrained_at
 from .losses import Plan, dense_forward, make_plan, run_type
+from .machine import autocast
 from .metrics import fired
 from .models import Subject, find_point, load_subject, resolve_points
 from .prefetch import Prefetch
-from .runs import RunConfig, new_run_dir, run_config
+from .runs import RunConfig, as_settled, new_run_dir, run_config, settle
 from .sae import SAE, SAEActs
 from .sharding import cut_sae, cut_state, whole_saes, whole_state
-from .sparse_step import SAEAdam, SparseCode, sparse_forward
+from .sparse_step import SAEAdam, SparseCode, can_screen, sparse_forward
 from .sparsity_control import SparsityControl
 from .splicing import check_replay, original_pass, places
 from .transcoders import paired_inputs
@@ -96,7 +97,7 @@ def precision(
     subject: Subject,
 ) -> Any:  # A context manager
     "The precision of the network's matrix products in a run."
-    return torch.autocast(subject.device.type, torch.bfloat16, enabled=config.compute_dtype == "bfloat16")
+    return autocast(config.compute_dtype, subject.device, subject.dtype)
 
 # %% ../nbs/12a_state.ipynb #2aa0cfa5
 @dataclass
@@ -118,10 +119,12 @@ class Training:
     steps: int = 0  # optimizer steps taken
     seconds: float = 0.0  # of training and evaluation, over all sessions
     logged: int = 0  # bytes of metrics.jsonl at the last checkpoint
+    computing: dict[str, Any] = field(default_factory=dict)  # what was measured, see `settle`
+    screen: bool | None = None  # whether SAEs screen latents in bfloat16: settled when the run begins
 
     def forward(self, sae: SAE, *x: Tensor) -> SAEActs:
         "How SAEs are computed in training."
-        return sparse_forward(sae, *x, in_place=True) if self.config.sparse_step else dense_forward(sae, *x)
+        return sparse_forward(sae, *x, in_place=True, screen=self.screen) if self.config.sparse_step else dense_forward(sae, *x)
 
     def precision(self) -> Any:  # A context manager
         "The precision of the network's matrix products."
@@ -142,6 +145,7 @@ def begin(
 ) -> Training:
     "A fresh run: subject, SAEs, plan, optimizer, data; its folder is made last, when all else is known to work."
     subject = subject or subject_for(config)
+    (config,), computing = settle([config], subject)
     names = resolve_points(subject, config.saes.sae_positions)
     plan = make_plan(subject, names, config.loss, list(paired_inputs(subject, names, config.saes.input_positions).values()))
     if not plan.local:
@@ -160,7 +164,8 @@ def begin(
     optimizer = SAEAdam(trainable(saes.values()), config.lr, config.adam_betas)
     window = ActivationWindow(config.collect_act_frequency_every_n_samples, config.act_frequency_n_tokens)
     return Training(config, subject, saes, plan, optimizer, stream, window, SparsityControl(config.loss.sparsity),
-                    DeadLatents(config.saes, config.seed), once(lambda: new_run_dir(config, name)))
+                    DeadLatents(config.saes, config.seed), once(lambda: new_run_dir(config, name)),
+                    computing=computing, screen=_screens(config, subject, saes))
 
 # %% ../nbs/12a_state.ipynb #b20922f3
 def subject_for(
@@ -177,6 +182,12 @@ def data_for(config: RunConfig, subject: Subject, role: Role) -> TokenStream:
     data = data if data.seed is not None else replace(data, seed=config.seed)
     return open_stream(data, batch_size=config.batch_size, tokenizer=subject.tokenizer, vocab_size=subject.vocab_size,
                        max_ctx=subject.n_ctx, role=role, repeat=config.n_samples is not None)
+
+# %% ../nbs/12a_state.ipynb #71727395
+def _screens(config: RunConfig, subject: Subject, saes: Mapping[str, SAE]) -> bool:
+    "Whether the encoders of a run's SAEs screen in bfloat16; asked once, since a continued run must round as before."
+    tokens = config.batch_size * (config.train_data.n_ctx or subject.n_ctx or 1)
+    return all(can_screen(torch.empty(tokens, sae.d_in, dtype=sae.W_enc.dtype, device=subject.device)) for sae in saes.values())
 
 # %% ../nbs/12a_state.ipynb #0316b883
 def initial_saes(config: RunConfig, subject: Subject, names: list[str]) -> dict[str, SAE]:
@@ -213,6 +224,7 @@ def save(t: Training) -> Path | None:  # The checkpoint's folder
     tensors = whole_state(tensors, t.saes)
     state = {"samples": t.samples, "tokens": t.tokens, "steps": t.steps, "seconds": t.seconds, "stream": t.stream.state_dict(), "logged": t.logged,
              "window": {"next_at": t.window.next_at, "seen": t.window.seen}, "resampled": t.dead.resampled,
+             "computing": t.computing, "screen": t.screen,
              "control": {"scale": t.control.scale, "progress": t.control.progress}}
     info = {"subject": t.subject.name, "processed_weights": t.config.processed_weights, "type": run_type(t.config.loss),
             "samples": t.samples, "config_hash": config_hash(to_dict(t.config))}
@@ -243,7 +255,7 @@ def resume(
     once(lambda: _clear_up_alone(path))
     kept = checkpoints(path)
     t = begin(replace(config, save_dir=None), subject, stream=stream)
-    t.config, t.folder = config, path
+    t.config, t.folder = as_settled(config, t.config), path
     if not kept or samples == 0:
         return t
     folder = kept[max(kept) if samples is None else samples]
@@ -260,9 +272,9 @@ def resume(
     t.control.scale, t.control.progress = (state.get("control", {}).get(key, value) for key, value in (("scale", 1.0), ("progress", 0.0)))
     t.window.counts = {k.removeprefix("window/"): v.to(t.subject.device) for k, v in tensors.items() if k.startswith("window/")}
     t.dead.silent = {k.removeprefix("silent/"): v.to(t.subject.device) for k, v in tensors.items() if k.startswith("silent/")}
-    t.dead.resampled = state.get("resampled", {})
+    t.dead.resampled, t.computing = state.get("resampled", {}), state.get("computing", t.computing)
     t.samples, t.tokens, t.steps, t.seconds = (state[key] for key in ("samples", "tokens", "steps", "seconds"))
-    t.logged = state.get("logged", -1)  # -1: written before this was noted
+    t.logged, t.screen = state.get("logged", -1), state.get("screen", t.screen)  # -1: written before this was noted
     return t
 
 

@@ -18,7 +18,7 @@ from .devices import once
 from .frontiers import asked_for, frontier
 from .members import FrontierConfig
 from .models import Subject
-from .runs import Run
+from .runs import Run, as_settled
 from .state import subject_for
 
 # %% ../nbs/17_sweep.ipynb #439b12c1
@@ -95,6 +95,7 @@ def run_sweep(
         say(f"{name}: {sum(len(t.penalties()) for t in config.types.values()) * max(1, len(config.seeds)) * max(1, len(config.positions))} SAEs")
         runs = frontier(config, subject=subject, resume=True)
         rows = [sweep_row(name, run) for run in runs]
+        config = replace(config, base=as_settled(base, runs[0].config))
         origin = provenance(to_dict(config), seed=base.seed, tokens=sum(r["tokens"] for r in rows), seconds=float(clock), device=subject.device)
         content = {"rows": rows, "provenance": origin}
         once(lambda: write_json(out / name / "table.json", content))
@@ -111,7 +112,8 @@ def _finished(folder: Path, config: FrontierConfig) -> bool:
 
 def _same(stored: Any, config: FrontierConfig) -> bool:
     try:  # a table may be older than some keys, which then have their defaults
-        return _hash(from_dict(FrontierConfig, stored)) == _hash(config)
+        old = from_dict(FrontierConfig, stored)
+        return _hash(old) == _hash(replace(config, base=as_settled(config.base, old.base)))
     except UserError:
         return False
 

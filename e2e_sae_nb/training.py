@@ -35,6 +35,7 @@ from .sparse_step import SparseCode
 from .splicing import Original
 from .state import Training, begin, check_finite, data_for, lr_factor, resume, save, writing
 from .stopping import StopRequest
+from .threads import settle_threads
 
 # %% ../nbs/13_train.ipynb #f3d541c2
 def train_step(t: Training) -> dict[str, float]:  # What to log
@@ -128,6 +129,7 @@ def train(
     "Train SAEs as the configuration says; returns the finished run."
     if (config is None) == (resume_from is None):
         raise UserError("train() wants either a config or resume_from=RUN_DIR")
+    settle_threads()
     asked = config or run_config(Path(resume_from or ""))
     if asked.batch_size < world() and not asked.saes.sharded:
         raise UserError(f"batch_size ({asked.batch_size}) is smaller than the number of processes ({world()}) that are to share a batch; raise it")
@@ -245,6 +247,7 @@ def summarise(t: Training, result: EvalResult) -> dict[str, Any]:
     values = {k: v for k, v in result.to_dict().items() if k not in ("tokens", "ce_increase_per_sequence")}
     return {"type": run_type(t.config.loss), "sparsity_coeff": t.config.loss.sparsity.coeff, **values, "eval_tokens": result.tokens,
             "dead": t.dead.totals(), "resampled": t.dead.resampled,
+            "compute_dtype": t.config.compute_dtype, "compile": t.config.compile, "computing": t.computing | {"screen": t.screen},
             "tokens": t.tokens, "samples": t.samples, "seconds": t.seconds, "tokens_per_second": t.tokens / max(t.seconds, 1e-9),
             "peak_memory_bytes": peak_memory_bytes(t.subject.device), "provenance": record}
 
@@ -256,6 +259,7 @@ def evaluate(
     n_samples: int | None = None,  # Sequences; the configuration's eval_n_samples if not given
 ) -> EvalResult:  # Counted as the configuration says
     "Full evaluation on held-out tokens; written to RUN_DIR/evaluation.json together with the other way of counting."
+    settle_threads()
     run = run if isinstance(run, Run) else load_run(run)
     config = replace(run.config, save_dir=None, eval_n_samples=n_samples or run.config.eval_n_samples)
     with dividing("latents" if config.saes.sharded else "batch"):

@@ -8,6 +8,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("E2E_SAE_PROGRESS", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("E2E_SAE_COMPUTE_DTYPE", "float32")  # what is left to measurement is the same on every processor
 if not torch.cuda.is_available():  # read when triton is first imported, whichever test does that
     os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(ROOT / "tools"))
