@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from .architectures import TopK
+from .architectures import TopK, only_kept
 from .checkpoint import latest_checkpoint, load_state, read_cfg
 from .core import UserError, read_json
-from .losses import Coeff, KLCoeff, LossConfig, SparsityConfig, objective, run_original
+from .losses import Coeff, KLCoeff, LossConfig, SparsityConfig, make_plan, objective, run_original
 from .models import Subject
 from .runs import Run, RunConfig
-from .state import begin, subject_for
+from .state import data_for, keep_for, subject_for
 from .training import train
 
 # %% ../nbs/18_finetune.ipynb #5d0c71ae
@@ -44,11 +44,13 @@ def penalty_like_error(
     run: Run,
     subject: Subject,
 ) -> float:
-    "The sparsity coefficient at which a run's penalty equals its squared error, on a batch of its training text."
+    "The sparsity coefficient at which a run's penalty equals its squared error, on the positions that count of a batch of its training text."
     loss = LossConfig(SparsityConfig(1.0, p_norm=run.config.loss.sparsity.p_norm), out_to_in=Coeff(1.0))
-    t = begin(replace(run.config, loss=loss, save_dir=None, compile=False, prefetch=0), subject)
+    tokens = next(data_for(run.config, subject, "train")).to(subject.device)
     saes = {name: sae.to(subject.device).train() for name, sae in run.saes.items()}  # in training, penalties of their own are computed
-    terms = objective(subject, run_original(subject, next(iter(t.stream)).to(subject.device), t.plan), saes, loss, t.plan).terms
+    plan, keep = make_plan(subject, list(saes), loss, [sae.reads for sae in saes.values() if sae.reads]), keep_for(run.config, subject)(tokens)
+    with only_kept(saes, keep):
+        terms = objective(subject, run_original(subject, tokens, plan), saes, loss, plan, keep).terms
     for sae in saes.values():
         sae.eval()
     error, penalty = (sum(float(value) for name, value in terms.items() if name.startswith(kind)) for kind in ("out_to_in/", "sparsity/"))

@@ -130,7 +130,7 @@ _CARD = """---
 # {title}
 
 Sparse autoencoders ({architecture}) of `{model}` at {places}, {history}.
-
+{counting}
 {results}## Use
 
 ```python
@@ -162,6 +162,16 @@ def _history(run: Run) -> str:
     return f"{how} by\n{_HOME}" if whose is None else f"{how} by e2e_sae and\nimported by {_HOME}" if whose == "e2e_sae" else f"read from files in\n{whose}' format by {_HOME}, which did not train them"
 
 
+def _counting(run: Run) -> str:
+    "What a reader of the numbers has to know: which positions are in them, and how several SAEs were put in."
+    c = run.config
+    left = " and ".join(["the first position of each row"] * c.exclude_first_position + ["special tokens"] * c.exclude_special_tokens)
+    told = [f"{left[:1].upper()}{left[1:]} kept the original activation and are in no number."] * bool(left)
+    if len(run.saes) > 1:
+        told.append("The numbers are those of all SAEs put in at once, each reading the stream that the earlier ones leave.")
+    return "".join(f"{sentence}\n" for sentence in told)
+
+
 def _facts(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     c, text = run.config, {"text": run.config.train_data.dataset_name, "context": run.config.train_data.n_ctx}
     here = {"configuration": record.get("config_hash"), "commit": record.get("git_commit"), "versions": ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items()),
@@ -182,7 +192,7 @@ def card(
     facts = portable(_facts(run, found.get("provenance", {})))
     return _CARD.format(
         metadata=yaml.safe_dump(metadata(run), sort_keys=False, allow_unicode=True), title=repo_id.rpartition("/")[2], architecture=c.saes.architecture,
-        model=c.tlens_model_name or Path(str(c.tlens_model_path)).name, places=", ".join(f"`{name}`" for name in run.saes), history=_history(run),
+        model=c.tlens_model_name or Path(str(c.tlens_model_path)).name, places=", ".join(f"`{name}`" for name in run.saes), history=_history(run), counting=_counting(run),
         results="".join(f"{part}\n\n" for part in (table, figure) if part), snippet=snippet(run, repo_id), repo_id=repo_id, place=next(iter(run.saes)),
         provenance="\n".join(f"| {key} | {_number(value)} |" for key, value in facts.items() if value not in (None, "")))
 

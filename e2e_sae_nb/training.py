@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['train_step', 'passes_per_step', 'accumulate', 'of_whole_batch', 'optimizer_step', 'log_values', 'train', 'open_log',
-           'way_on', 'due', 'flat_values', 'evaluate_training', 'evaluate_trainings', 'finish', 'summarise', 'evaluate']
+           'way_on', 'due', 'flat_values', 'evaluate_training', 'evaluate_trainings', 'evaluate_held_out', 'held_out',
+           'finish', 'summarise', 'evaluate', 'check_places']
 
 # %% ../nbs/13_train.ipynb #68867412
 import contextlib
@@ -21,19 +22,20 @@ from .architectures import observe, only_kept, trainable
 from .checkpoint import checkpoints
 from .config import to_dict
 from .core import Stopwatch, UserError, peak_memory_bytes, provenance, say, write_json
-from .data import TokenStream
+from .data import TokenStream, own_splits
 from .devices import LostProcess, add, add_gradients, add_numbers, batch_mean, dividing, divides, my_rows, once, rank, world, writes
 from .evaluation import EvalResult, evaluate_many
 from .live import watch
 from .losses import Objective, objective, run_original, run_type, weigh
 from .memory import advice_on_memory
 from .metrics import counted, l0
-from .models import Subject
+from .models import Subject, find_point
 from .runs import MetricsLog, Run, RunConfig, load_run, run_config
+from .sae import SAE
 from .sharding import clip_gradients, cut_sae, whole_saes
 from .sparse_step import SparseCode
-from .splicing import Original
-from .state import Training, begin, check_finite, data_for, lr_factor, resume, save, writing
+from .splicing import Original, check_replay
+from .state import Training, begin, check_finite, data_for, keep_for, lr_factor, resume, save, subject_for, writing
 from .stopping import StopRequest
 from .threads import settle_threads
 
@@ -203,16 +205,38 @@ def flat_values(result: EvalResult) -> dict[str, float]:
 
 def evaluate_training(t: Training, everything: bool = False) -> EvalResult:
     "Evaluate on held-out tokens as the configuration says; `everything` counts all positions whatever it excludes."
-    return evaluate_trainings([t], everything)[0]
+    config = replace(t.config, exclude_first_position=False, exclude_special_tokens=False) if everything else t.config
+    return evaluate_held_out(t.subject, [t.saes], config)[0]
 
 
-def evaluate_trainings(trainings: Sequence[Training], everything: bool = False) -> list[EvalResult]:
+def evaluate_trainings(trainings: Sequence[Training]) -> list[EvalResult]:
     "Evaluate runs that agree on subject and held-out data in one pass over these."
-    t = trainings[0]
-    batches = list(_first_samples(data_for(t.config, t.subject, "eval"), t.config.eval_n_samples))
-    excludes = t.config.exclude_first_position or t.config.exclude_special_tokens
-    keep = None if everything or not excludes else t.keep
-    return evaluate_many(t.subject, [each.saes for each in trainings], batches, keep=keep, total=len(batches))
+    return evaluate_held_out(trainings[0].subject, [t.saes for t in trainings], trainings[0].config)
+
+# %% ../nbs/13_train.ipynb #8f84333a
+def evaluate_held_out(
+    subject: Subject,
+    alternatives: Sequence[Mapping[str, SAE]],  # Sets of SAEs; each is spliced by itself
+    config: RunConfig,  # Which held-out tokens, how many, and which positions count
+    batches: Sequence[Tensor] | None = None,  # The tokens, if they were read already
+) -> list[EvalResult]:  # One per set, in order
+    "Evaluate sets of SAEs on a configuration's held-out tokens."
+    batches = held_out(config, subject) if batches is None else batches
+    keep = keep_for(config, subject) if config.exclude_first_position or config.exclude_special_tokens else None
+    return evaluate_many(subject, alternatives, batches, keep=keep, total=len(batches))
+
+# %% ../nbs/13_train.ipynb #789044fe
+def held_out(
+    config: RunConfig,
+    subject: Subject,  # Whose tokens are wanted
+) -> list[Tensor]:  # Batches of token ids [batch pos]
+    "The held-out tokens that a configuration evaluates on, as many as it says."
+    try:
+        return list(_first_samples(data_for(config, subject, "eval"), config.eval_n_samples))
+    except UserError as error:
+        if config.eval_data is not None or own_splits(config.train_data) is not None:
+            raise
+        raise UserError(f"{error}. The held-out tokens of this configuration are a share of train_data, so evaluation needs {config.train_data.dataset_name}, too") from None
 
 
 def _first_samples(stream: TokenStream, n: int | None):
@@ -258,18 +282,32 @@ def evaluate(
     subject: Subject | None = None,  # Loaded by name if not given
     n_samples: int | None = None,  # Sequences; the configuration's eval_n_samples if not given
 ) -> EvalResult:  # Counted as the configuration says
-    "Full evaluation on held-out tokens; written to RUN_DIR/evaluation.json together with the other way of counting."
+    "Full evaluation on held-out tokens; written to RUN_DIR/evaluation.json together with the other ways of counting."
     settle_threads()
     run = run if isinstance(run, Run) else load_run(run)
-    config = replace(run.config, save_dir=None, eval_n_samples=n_samples or run.config.eval_n_samples)
+    config, clock = replace(run.config, eval_n_samples=n_samples or run.config.eval_n_samples), Stopwatch()
+    ways = {"evaluation": (config.exclude_first_position, config.exclude_special_tokens), "all_positions": (False, False),
+            "without_first_position_and_special_tokens": (True, True)}
     with dividing("latents" if config.saes.sharded else "batch"):
-        t, clock = begin(config, subject), Stopwatch()
-        t.saes = {name: cut_sae(sae).to(t.subject.device) for name, sae in run.saes.items()}
-        result = evaluate_training(t)
-        excluding = replace(t, config=replace(config, exclude_first_position=True, exclude_special_tokens=True))
-        ways = {"evaluation": result.to_dict(), "all_positions": evaluate_training(t, everything=True).to_dict(),
-                "without_first_position_and_special_tokens": evaluate_training(excluding).to_dict()}
+        subject = subject or subject_for(config)
+        check_places(subject, run.saes)
+        saes, batches = {name: cut_sae(sae).to(subject.device) for name, sae in run.saes.items()}, held_out(config, subject)
+        found = {way: evaluate_held_out(subject, [saes], replace(config, exclude_first_position=way[0], exclude_special_tokens=way[1]), batches)[0]
+                 for way in dict.fromkeys(ways.values())}
+    result = found[ways["evaluation"]]
     if (path := run.path) is not None:
-        once(lambda: write_json(path / "evaluation.json", ways | {"provenance": provenance(
-            to_dict(run.config), seed=config.seed, tokens=result.tokens, seconds=float(clock), device=t.subject.device)}))
+        record = provenance(to_dict(run.config), seed=config.seed, tokens=result.tokens, seconds=float(clock), device=subject.device)
+        once(lambda: write_json(path / "evaluation.json", {key: found[way].to_dict() for key, way in ways.items()} | {"provenance": record}))
     return result
+
+# %% ../nbs/13_train.ipynb #e1e38c81
+def check_places(
+    subject: Subject,
+    saes: Mapping[str, SAE],
+) -> None:
+    "Refuse SAEs for which a network has no place, or one of another width; and a network that cannot be run on from there."
+    for name, sae in saes.items():
+        for place, width in ((sae.reads or name, sae.d_in), (name, sae.d_out)):
+            if (here := find_point(subject, place).width) not in (width, 0):  # 0: not known from the architecture
+                raise UserError(f"the SAE at {name} was made for a width of {width}, but {subject.name} has {here} at {place}; was it trained on another network?")
+    check_replay(subject)

@@ -3,6 +3,7 @@
 `python tests/test_peers.py PYTHON` renews the sample with an interpreter that has sae-lens, and data/results/saelens.json, which page 50 shows.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from e2e_sae_nb.architectures import ARCHITECTURES, BatchTopK, Gated, TopK
 from e2e_sae_nb.core import provenance, write_json
-from e2e_sae_nb.saelens import load_saelens, to_saelens
+from e2e_sae_nb.runs import Run, RunConfig
+from e2e_sae_nb.saelens import export_saelens, load_saelens, network_of, to_saelens
 
 HERE = Path(__file__).resolve().parent
-SAMPLE = HERE / "golden" / "saelens"
+SAMPLE, CHECKPOINTS = HERE / "golden" / "saelens", HERE / "golden" / "saelens_checkpoints"
 PLACE = "blocks.1.hook_resid_pre"
 OURS = (*ARCHITECTURES, "relu_transcoder", "jumprelu_transcoder", "batchtopk_transcoder")
 
@@ -110,6 +112,52 @@ def check_training(python: str, folder: Path) -> dict[str, float]:
     return worst
 
 
+EXCLUDED = {"none": (False, False), "first": (True, False), "special": (False, True), "both": (True, True)}  # first position, special tokens
+
+
+def prepare_checkpoints(folder: Path) -> None:
+    "Larger inputs, and exported runs that exclude positions."
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"x": 3 * torch.randn(30, 12, generator=torch.Generator().manual_seed(0))}, folder / "x.safetensors")
+    for name, (first, special) in EXCLUDED.items():
+        config = RunConfig.from_dict({
+            "tlens_model_name": "tiny", "lr": 1e-3, "batch_size": 8, "n_samples": 8, "loss": {"sparsity": {"coeff": 1.0}, "out_to_in": {"coeff": 1.0}},
+            "saes": {"sae_positions": PLACE}, "train_data": {"dataset_name": "text.jsonl", "n_ctx": 8, "add_bos": True},
+            "exclude_first_position": first, "exclude_special_tokens": special})
+        export_saelens(Run(None, config, {PLACE: made("relu")}), folder / "ours" / name)
+
+
+def check_checkpoints(folder: Path) -> dict[str, float]:
+    "Checkpoints from the middle of a training, read here, against the SAEs that sae-lens made of them; and who excludes which positions."
+    x, theirs, worst = load_file(folder / "x.safetensors")["x"], load_file(folder / "checkpoints.safetensors"), {}
+    for path in sorted((folder / "checkpoints").glob("*/cfg.json")):
+        name, cfg = path.parent.name, json.loads(path.read_text())
+        ((place, sae),) = load_saelens(path.parent).items()
+        assert place == "blocks.1.hook_resid_post" and (theirs[f"{name}.code"] > 0).any()
+        assert (cfg["normalize_activations"] == "none") == (name == "unscaled")
+        network = network_of(cfg)
+        assert network["exclude_first_position"] and network["exclude_special_tokens"] and network["train_data"]["n_ctx"] == 16
+        with torch.no_grad():
+            pairs = (sae.encode(x), theirs[f"{name}.code"] * theirs[f"{name}.norms"]), (sae(x).output, theirs[f"{name}.output"])
+        worst[name] = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+    positions = json.loads((folder / "positions.json").read_text())
+    assert positions == {name: [list(range(int(first), 8)), special, True] for name, (first, special) in EXCLUDED.items()}
+    return worst
+
+
+def their_checkpoints(python: str, folder: Path) -> None:
+    prepare_checkpoints(folder)
+    done = subprocess.run([python, str(HERE / "peers" / "saelens_checkpoint_side.py"), str(folder)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_stored_checkpoints():
+    "Nine that the real package wrote before it folded the activations' factor into them."
+    found = check_checkpoints(CHECKPOINTS)
+    assert set(found) == {"standard", "standard_b_dec", "topk", "jumprelu", "gated", "batchtopk", "batchtopk_plain", "matryoshka_batchtopk", "unscaled"}
+    assert max(found.values()) < 1e-6
+
+
 def test_stored_sample():
     "What the real package computed, for SAEs of ours and of its own."
     assert max(check(SAMPLE).values()) < 1e-6
@@ -128,6 +176,8 @@ def test_real_package(tmp_path):
     theirs(str(python), tmp_path)
     assert max(check(tmp_path).values()) < 1e-6
     assert max(check_training(str(python), tmp_path).values()) < 1e-6
+    their_checkpoints(str(python), tmp_path / "middle")
+    assert max(check_checkpoints(tmp_path / "middle").values()) < 1e-6
 
 
 if __name__ == "__main__":
@@ -135,12 +185,16 @@ if __name__ == "__main__":
     prepare(SAMPLE)
     theirs(sys.argv[1], SAMPLE)
     found = check(SAMPLE)
+    shutil.rmtree(CHECKPOINTS, ignore_errors=True)
+    their_checkpoints(sys.argv[1], CHECKPOINTS)
+    for left in (CHECKPOINTS / "final", CHECKPOINTS / "ours", *CHECKPOINTS.glob("*/*/trainer_state.pt"), *CHECKPOINTS.glob("*/*/sparsity.safetensors")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     with tempfile.TemporaryDirectory() as folder:
         training = check_training(sys.argv[1], Path(folder))
     with safe_open(SAMPLE / "outputs.safetensors", "pt") as file:
         peer = file.metadata()
     worst = {f"{side}_{way}": {name.partition("/")[2]: value for name, value in found.items() if name.startswith(side)}
-             for side, way in (("ours", "read_there"), ("theirs", "read_here"))} | {"training_forward": training}
+             for side, way in (("ours", "read_there"), ("theirs", "read_here"))} | {"training_forward": training, "checkpoints_read_here": check_checkpoints(CHECKPOINTS)}
     record = provenance({"peer": "sae-lens", "tokens": 30, "d_in": 12, "d_sae": 40}, seed=5, command="python tests/test_peers.py PYTHON")
     write_json(HERE.parent / "data" / "results" / "saelens.json", {"largest_relative_difference": worst, "peer_versions": peer, "provenance": record})
     print(f"largest relative difference {max(value for part in worst.values() for value in part.values()):.1e}")
