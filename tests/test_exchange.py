@@ -19,8 +19,8 @@ from e2e_sae_nb.core import UserError, data_path, read_json, write_json
 from e2e_sae_nb.evaluation import evaluate_saes
 from e2e_sae_nb.model_card import write_folder
 from e2e_sae_nb.models import tiny_model
-from e2e_sae_nb.saelens import load_saelens, to_saelens
 from e2e_sae_nb.sae import SAE
+from e2e_sae_nb.saelens import load_saelens, to_saelens
 from e2e_sae_nb.splicing import original_pass
 from e2e_sae_nb.state import data_for
 from e2e_sae_nb.suites import SuiteSAE
