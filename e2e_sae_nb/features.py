@@ -345,13 +345,12 @@ def first_tokens(
 # %% ../nbs/45_features.ipynb #59831ae4
 def _sample(found: Firings) -> tuple[Tensor, Tensor | None]:
     "Beginnings of eight sequences spread over the text, and which of their positions count."
-    rows = np.linspace(0, len(found.tokens) - 1, min(8, len(found.tokens))).astype(int)
-    if found.kept is not None and not found.kept[rows, :64].any():
-        rows = np.flatnonzero(found.kept[:, :64].any(1))[:8]
-    if not len(rows):  # nothing counts before the 65th position anywhere
-        return torch.from_numpy(found.tokens[:1]), torch.from_numpy(found.kept[:1]) if found.kept is not None else None
-    kept = None if found.kept is None else torch.from_numpy(found.kept[rows, :64])
-    return torch.from_numpy(found.tokens[rows, :64]), kept
+    rows = np.arange(len(found.tokens)) if found.kept is None else np.flatnonzero(found.kept.any(1))
+    rows = rows[np.linspace(0, len(rows) - 1, min(8, len(rows))).astype(int)]
+    if found.kept is None:
+        return torch.from_numpy(found.tokens[rows, :64]), None
+    width = 64 if found.kept[rows, :64].any() else found.tokens.shape[1]
+    return torch.from_numpy(found.tokens[rows, :width]), torch.from_numpy(found.kept[rows, :width])
 
 
 def _context(found: Firings, latent: int, token: int, around: int) -> Mapping[str, Any]:
