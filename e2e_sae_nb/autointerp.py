@@ -47,7 +47,8 @@ def explain_question(case: Case) -> Question:
 
 
 def _marked(passage: Passage, top: float) -> str:
-    marked = (t if v <= 0 else f"<<{t or PART}|{max(1, round(10 * v / top))}>>" for t, v in zip(passage.tokens, passage.values, strict=True))
+    pairs = zip(passage.tokens, passage.values, strict=True)
+    marked = (t if v <= 0 else f"<<{t or PART}|{max(1, round(10 * v / top))}>>" for t, v in pairs)
     return "".join(marked).replace("\n", " ⏎ ")
 
 

@@ -68,18 +68,20 @@ def pane(
             alone, within = [texts.alone(token) for token in context["tokens"]], texts.within(context["tokens"])
             if alone != within:  # a character of several tokens, or what the neighbours change
                 context["texts"] = within
-    return {"title": title, "subtitle": subtitle, "provenance": record, "place": facts["position"], "run": run, "no_direct": facts.get("no_direct", ""),
-            "latents": rounded, "words": {token: texts.alone(token) for token in sorted(used)}}
+    return {"title": title, "subtitle": subtitle, "provenance": record, "place": facts["position"], "run": run,
+            "no_direct": facts.get("no_direct", ""), "latents": rounded,
+            "words": {token: texts.alone(token) for token in sorted(used)}}
 
 # %% ../nbs/45a_dashboard.ipynb #052895e0
 def network_key(
     config: RunConfig,
 ) -> tuple:
     "What two runs must agree on to share a network."
-    name = str(Path(config.tlens_model_path).expanduser().resolve()) if config.tlens_model_path else config.tlens_model_name
-    return name, config.dtype, config.processed_weights, config.device, config.train_data.tokenizer_name
+    path = config.tlens_model_path and str(Path(config.tlens_model_path).expanduser().resolve())
+    settings = config.dtype, config.processed_weights, config.device, config.train_data.tokenizer_name
+    return path or config.tlens_model_name, *settings
 
-
+# %% ../nbs/45a_dashboard.ipynb #f126a883
 def subjects_of(
     runs: Sequence[Run],
     subject: Subject | Sequence[Subject] | None = None,  # One for all, or one each; loaded if not given
@@ -91,7 +93,8 @@ def subjects_of(
         return [loaded[key] for key in keys]
     if isinstance(subject, Subject):
         if len(set(keys)) > 1:
-            raise UserError(f"these runs are of different networks ({', '.join(str(key[0]) for key in keys)}), and one was given for all; give one for each, or none")
+            names = ", ".join(str(key[0]) for key in keys)
+            raise UserError(f"these runs are of different networks ({names}), and one was given for all; give one each, or none")
         return [subject] * len(runs)
     if len(subject) != len(runs):
         raise UserError(f"{len(runs)} runs need a network each, or none to be loaded; {len(subject)} were given")
@@ -108,11 +111,12 @@ def _chosen(runs: Sequence[Run], wanted: str | Sequence[str]) -> list[list[str]]
     for run in runs:
         places = {place for word in words for place in meant(run, word)} if words else set(run.saes)
         if not places:
-            raise UserError(f"the run {run.path.name if run.path else ''} has no SAE at {' or '.join(words)}; its SAEs are at {', '.join(run.saes)}")
+            name = run.path.name if run.path else "without a folder"
+            raise UserError(f"the run {name} has no SAE at {' or '.join(words)}; its SAEs are at {', '.join(run.saes)}")
         found.append([place for place in run.saes if place in places])
     return found
 
-
+# %% ../nbs/45a_dashboard.ipynb #4057a425
 def _facts_line(run: Run, subject: Subject, facts: Mapping[str, Any]) -> str:
     "What a pane says of itself below its title."
     known = [f"{k.replace('_', ' ')} {run.summary[k]:.3f}" for k in ("ce_increase", "kl") if k in run.summary]
@@ -120,13 +124,13 @@ def _facts_line(run: Run, subject: Subject, facts: Mapping[str, Any]) -> str:
     excluded = excluded_words(run.config)
     left_out = f"; left out, as in the run: {excluded} ({facts['excluded']:,} tokens)" if excluded else ""
     processed = ", processed weights" if run.config.processed_weights else ""
-    return (f"{facts['position']} of {subject.name}{processed}: {facts['fired']:,} of {facts['d_sae']:,} latents fire on {facts['tokens']:,} held-out tokens"
-            + left_out + (f"; {', '.join(known)}{joint}" if known else ""))
+    return (f"{facts['position']} of {subject.name}{processed}: {facts['fired']:,} of {facts['d_sae']:,} latents fire "
+            f"on {facts['tokens']:,} held-out tokens" + left_out + (f"; {', '.join(known)}{joint}" if known else ""))
 
 # %% ../nbs/45a_dashboard.ipynb #0db3e727
 def features(
     runs: Run | Sequence[Run],  # One run, or two to stand side by side
-    subject: Subject | Sequence[Subject] | None = None,  # Their network, or one each; loaded by their configurations if not given
+    subject: Subject | Sequence[Subject] | None = None,  # Their network, or one each; loaded if not given
     *,
     n_tokens: int = 100_000,  # Held-out tokens to look at
     limit: int = 2000,  # Latents at most, per SAE
@@ -142,7 +146,8 @@ def features(
         for place in chosen[number]:
             clock, sae = Stopwatch(), run.saes[place].to(network.device)
             facts = describe(network, place, sae, batches, limit=limit, ablate=ablate, keep=keep)
-            origin = provenance(to_dict(run.config), seed=run.config.seed, tokens=facts["tokens"], seconds=float(clock), device=network.device)
+            origin = provenance(to_dict(run.config), seed=run.config.seed, tokens=facts["tokens"], seconds=float(clock),
+                                device=network.device)
             record = "\n".join(f"{k}: {v}" for k, v in origin.items() if k != "config")
             title = run.path.name if run.path else run_type(run.config.loss)
             panes.append(pane(facts, network, title, _facts_line(run, network, facts), record, number))

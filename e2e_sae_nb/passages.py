@@ -117,14 +117,14 @@ def cases_of(
     seed: int = 0,
     **how: int,
 ) -> list[Case]:
-    "Cases of one of the run's SAEs, on positions that the run counts; further keywords are `make_case`'s (explain, test, width)."
+    "Cases of one of the run's SAEs, where the run counts; further keywords are `make_case`'s (explain, test, width)."
     if subject.tokenizer is None:
         raise UserError(f"{subject.name} has no tokenizer, so there is no text to explain anything by")
     if place is not None and place not in run.saes:
         raise UserError(f"the run has no SAE at {place}; it has {', '.join(run.saes)}")
     others = [name for name in run.saes if name != (place := place or next(iter(run.saes)))]
     if others:
-        say(f"latents of the SAE at {place}; the run's others, chosen by `place`, are at {', '.join(others)}", always=True)
+        say(f"latents of the SAE at {place}; the run has others, chosen by `place`: {', '.join(others)}", always=True)
     sae, texts = run.saes[place].to(subject.device), TokenTexts(subject.tokenizer)
     batches = first_tokens(data_for(replace(run.config, save_dir=None), subject, "eval"), n_tokens)
     found, cases = firings(subject, place, sae, batches, kept_positions(run.config, subject)), []

@@ -41,7 +41,7 @@ def _alphabet() -> dict[str, int]:
 
 _ALPHABET = _alphabet()
 
-
+# %% ../nbs/44a_token_texts.ipynb #2890fa4a
 def bytes_of(
     name: str,  # A token's entry in the vocabulary
 ) -> bytes | None:  # None: it does not name bytes
