@@ -153,8 +153,7 @@ class Comparison:
     @property
     def summary(self) -> str:
         "Where they part and how far predictions are apart, in words."
-        where = "The continuations are the same" if self.parted is None else f"The continuations part at token {self.parted + 1}"
-        return f"{where}; along the original's, {_apart(self)}"
+        return _summary(self)
 
     def __str__(self) -> str:
         return f"original:  {self.decode(self.original)}\n\nwith SAEs: {self.decode(self.spliced)}\n\n{self.summary}"
@@ -169,14 +168,15 @@ class Comparison:
         return Path(path)
 
 # %% ../nbs/46_generate.ipynb #df5c7279
-def _apart(c: Comparison) -> str:
-    "How far predictions are apart, where they count."
+def _summary(c: Comparison) -> str:
+    where = "The continuations are the same" if c.parted is None else f"The continuations part at token {c.parted + 1}"
     counted = [i for i in range(len(c.kl)) if c.counts is None or c.counts[i]]
     note = f"; left as they are, and not counted: {c.excluded}" if c.excluded else ""
     if not counted:
-        return f"no token counts{note}"
+        return f"{where}; along the original's, no token counts{note}"
     kl, others = sum(c.kl[i] for i in counted) / len(counted), sum(c.differ[i] for i in counted)
-    return f"KL is {kl:.3f} nats per token, and first choices differ on {others} of {len(counted)} tokens{note}"
+    return (f"{where}; along the original's, KL is {kl:.3f} nats per token, "
+            f"and first choices differ on {others} of {len(counted)} tokens{note}")
 
 # %% ../nbs/46_generate.ipynb #457b56a5
 @torch.no_grad()
