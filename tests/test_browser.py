@@ -190,7 +190,9 @@ def test_a_run_of_several_places_shows_one_by_choice(axe, browser, dashboard, tm
     other = copy.deepcopy(dashboard.panes[1]) | {"run": 0, "place": "blocks.3.hook_resid_post", "title": "run 0", "no_direct": "there is none"}
     for latent in other["latents"]:  # a token that the run leaves out, and one that is the beginning of a character
         for context in latent["contexts"]:
-            context |= {"excluded": [0] if context["at"] else [1], "texts": ["", *(other["words"][token] for token in context["tokens"][1:])]}
+            left_out = 0 if context["at"] else 1
+            context["activation"][left_out] = 0.0
+            context |= {"excluded": [left_out], "texts": ["", *(other["words"][token] for token in context["tokens"][1:])]}
     panes = [dashboard.panes[0] | {"run": 0}, other, dashboard.panes[1] | {"run": 1}]
     browser.size(1280)
     browser.open(Dashboard(panes).write(tmp_path / "places.html").as_uri())
