@@ -19,7 +19,7 @@ import numpy as np
 
 from .core import UserError
 from .endpoint import Endpoint, Question, ask, estimate
-from .passages import Case, Passage
+from .passages import PART, Case, Passage
 
 # %% ../nbs/48_interpretability.ipynb #b509280f
 EXPLAINED = (  # what is marked in made-up passages, strongest first -> its explanation
@@ -34,7 +34,7 @@ def explain_question(case: Case) -> Question:
     top = max(max(p.values) for p in case.explain)
     best: dict[str, float] = {}
     for passage in case.explain:
-        for token, value in zip(passage.tokens, passage.values, strict=True):
+        for token, value in zip(passage.names, passage.values, strict=True):
             best[token] = max(value, best.get(token, 0.0))
     strongest = ", ".join(repr(t) for t in sorted(best, key=lambda t: -best[t])[:5] if best[t] > 0)
     shown = "\n".join(f"{i}. {_marked(p, top)}" for i, p in enumerate(case.explain, 1)) + f"\nStrongest: {strongest}"
@@ -47,7 +47,9 @@ def explain_question(case: Case) -> Question:
 
 
 def _marked(passage: Passage, top: float) -> str:
-    return "".join(t if v <= 0 else f"<<{t}|{max(1, round(10 * v / top))}>>" for t, v in zip(passage.tokens, passage.values, strict=True)).replace("\n", " ⏎ ")
+    pairs = zip(passage.tokens, passage.values, strict=True)
+    marked = (t if v <= 0 else f"<<{t or PART}|{max(1, round(10 * v / top))}>>" for t, v in pairs)
+    return "".join(marked).replace("\n", " ⏎ ")
 
 
 def read_explanation(answer: str) -> str:
@@ -66,7 +68,7 @@ def simulation_questions(case: Case, explanation: str) -> list[Question]:
                       'passage. Answer in JSON with a list of integers from 0 (silent) to 10 (strongest), one for each token in order, as {"strengths": [0, 10]}, and nothing else.')
     text = lambda what, tokens: f"The unit responds to: {what}\n\nTokens:\n" + "\n".join(f"{i}. {t!r}" for i, t in enumerate(tokens, 1))
     shot = (("user", text("names of colours.", ("a", " dark", " blue", " coat"))), ("assistant", '{"strengths": [0, 2, 10, 0]}'))
-    return [Question((told, *shot, ("user", text(explanation, p.tokens))), 4 * len(p.tokens) + 30, _list_of("strengths", 0, 10, len(p.tokens), len(p.tokens))) for p in case.test]
+    return [Question((told, *shot, ("user", text(explanation, p.names))), 4 * len(p.tokens) + 30, _list_of("strengths", 0, 10, len(p.tokens), len(p.tokens))) for p in case.test]
 
 
 def detection_questions(
@@ -107,14 +109,14 @@ def read_list(answer: str) -> list[float] | None:  # None: there is none
 
 # %% ../nbs/48_interpretability.ipynb #5f5185f7
 def simulation_score(case: Case, answers: Sequence[str]) -> tuple[float, int]:  # Correlation, unreadable answers
-    "Correlation of predicted with true activations over all test passages' tokens; 0 where either never varies."
+    "Correlation of predicted with true activations over all test passages' tokens that count; 0 where either never varies."
     predicted, bad = [], 0
     for passage, answer in zip(case.test, answers, strict=True):
         values = read_list(answer)
         if values is None or len(values) != len(passage.tokens):
             values, bad = [0.0] * len(passage.tokens), bad + 1
-        predicted += values
-    true = np.concatenate([p.values for p in case.test])
+        predicted += passage.counted(values)
+    true = [v for p in case.test for v in p.counted(p.values)]
     if np.std(predicted) == 0 or np.std(true) == 0:
         return 0.0, bad
     return float(np.corrcoef(true, predicted)[0, 1]), bad

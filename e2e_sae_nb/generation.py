@@ -19,10 +19,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .core import UserError, atomic_path, generator
+from .features import Positions
 from .losses import kl_orig_to_new
 from .models import Subject
 from .sae import SAE
 from .splicing import splice
+from .token_texts import TokenTexts
 
 # %% ../nbs/46_generate.ipynb #d46cd60f
 class Reader:
@@ -107,17 +109,22 @@ def generate(
     saes: Mapping[str, SAE] | None = None,  # Hook name -> SAE in evaluation mode; None: the original network
     sampling: Sampling = Sampling(),  # The likeliest token at each step if not given
     use_cache: bool = True,  # False: read the whole text anew for every token
+    keep: Positions | None = None,  # That SAEs handle, from `kept_positions`; None: all
 ) -> Continuation:
     "Continue a prompt, with SAEs in place of activations or without."
-    start = new = prompt_tokens(subject, prompt, n_tokens)
+    text = new = prompt_tokens(subject, prompt, n_tokens)
     reader, tokens, logits = Reader(subject, use_cache), list[int](), list[Tensor]()
     end = getattr(subject.tokenizer, "eos_token_id", None)
-    with splice(subject, saes or {}):
-        while len(tokens) < n_tokens and (not tokens or tokens[-1] != end):
+    while len(tokens) < n_tokens and (not tokens or tokens[-1] != end):
+        mask = keep(text[None].to(subject.device)) if keep and saes else None
+        if mask is not None and reader.cached:
+            mask = mask[:, -len(new) :]  # of the part that is read now
+        with splice(subject, saes or {}, keep=mask):
             logits.append(reader.read(new))
-            tokens.append(sampling.choose(logits[-1], len(tokens)))
-            new = torch.tensor(tokens[-1:])
-    return Continuation(start, torch.tensor(tokens), torch.stack(logits))
+        tokens.append(sampling.choose(logits[-1], len(tokens)))
+        new = torch.tensor(tokens[-1:])
+        text = torch.cat([text, new])
+    return Continuation(text[: len(text) - len(tokens)], torch.tensor(tokens), torch.stack(logits))
 
 # %% ../nbs/46_generate.ipynb #45399e6e
 @dataclass(frozen=True)
@@ -129,11 +136,13 @@ class Comparison:
     spliced: list[int]  # what the network with SAEs wrote
     kl: list[float]  # per token of `original`: nats between the two predictions of it
     choices: list[tuple[int, int]]  # per token of `original`: the likeliest token by either network
-    decode: Any = field(repr=False)  # token ids -> text
+    decode: Any = field(repr=False)  # token ids -> text; `TokenTexts` also knows single tokens
+    counts: list[bool] | None = None  # per token of `original`: does the run count where it is predicted? None: all
+    excluded: str = ""  # what the run excludes, in words
 
     @property
     def differ(self) -> list[bool]:
-        "Per token of the original's continuation: would the spliced network's first choice have been another one?"
+        "Per token of the original's continuation: would the spliced network have preferred another one?"
         return [ours != theirs for ours, theirs in self.choices]
 
     @property
@@ -144,9 +153,7 @@ class Comparison:
     @property
     def summary(self) -> str:
         "Where they part and how far predictions are apart, in words."
-        where = "The continuations are the same" if self.parted is None else f"The continuations part at token {self.parted + 1}"
-        return (f"{where}; along the original's, KL is {sum(self.kl) / len(self.kl):.3f} nats per token, "
-                f"and first choices differ on {sum(self.differ)} of {len(self.kl)} tokens")
+        return _summary(self)
 
     def __str__(self) -> str:
         return f"original:  {self.decode(self.original)}\n\nwith SAEs: {self.decode(self.spliced)}\n\n{self.summary}"
@@ -160,6 +167,17 @@ class Comparison:
             temporary.write_text(f"{HEAD}<body>{picture(self)}</body></html>\n", encoding="utf-8")
         return Path(path)
 
+# %% ../nbs/46_generate.ipynb #df5c7279
+def _summary(c: Comparison) -> str:
+    where = "The continuations are the same" if c.parted is None else f"The continuations part at token {c.parted + 1}"
+    counted = [i for i in range(len(c.kl)) if c.counts is None or c.counts[i]]
+    note = f"; left as they are, and not counted: {c.excluded}" if c.excluded else ""
+    if not counted:
+        return f"{where}; along the original's, no token counts{note}"
+    kl, others = sum(c.kl[i] for i in counted) / len(counted), sum(c.differ[i] for i in counted)
+    return (f"{where}; along the original's, KL is {kl:.3f} nats per token, "
+            f"and first choices differ on {others} of {len(counted)} tokens{note}")
+
 # %% ../nbs/46_generate.ipynb #457b56a5
 @torch.no_grad()
 def compare(
@@ -169,16 +187,21 @@ def compare(
     n_tokens: int = 50,
     *,
     sampling: Sampling = Sampling(),
+    keep: Positions | None = None,  # That SAEs handle and that count, from `kept_positions`; None: all
+    excluded: str = "",  # What it leaves out, in words
 ) -> Comparison:
     "Continue a prompt with and without SAEs, and compare predictions along the original's continuation."
-    original, spliced = (generate(subject, prompt, n_tokens, saes=s, sampling=sampling) for s in (None, saes))
-    with splice(subject, saes):
-        text = torch.cat([original.prompt, original.tokens[:-1]])[None]
-        logits = subject(text)[0, len(original.prompt) - 1 :].to(original.logits.dtype)
-    choices = zip(original.logits.argmax(-1).tolist(), logits.argmax(-1).tolist(), strict=True)
-    decode = subject.tokenizer.decode if subject.tokenizer is not None else lambda ids: "".join(f"⟨{i}⟩" for i in ids)
-    return Comparison(original.prompt.tolist(), original.tokens.tolist(), spliced.tokens.tolist(),
-                      kl_orig_to_new(original.logits, logits).tolist(), list(choices), decode)
+    how: dict[str, Any] = {"sampling": sampling, "keep": keep}
+    original, spliced = (generate(subject, prompt, n_tokens, saes=s, **how) for s in (None, saes))
+    text, start = torch.cat([original.prompt, original.tokens[:-1]])[None].to(subject.device), len(original.prompt) - 1
+    mask = keep(text) if keep else None
+    with splice(subject, saes, keep=mask):
+        logits = subject(text)[0, start:].to(original.logits.dtype)
+    choices = list(zip(original.logits.argmax(-1).tolist(), logits.argmax(-1).tolist(), strict=True))
+    kl, texts = kl_orig_to_new(original.logits, logits).tolist(), TokenTexts(subject.tokenizer)
+    counts = None if mask is None else mask[0, start:].tolist()
+    prompted, ours, theirs = (t.tolist() for t in (original.prompt, original.tokens, spliced.tokens))
+    return Comparison(prompted, ours, theirs, kl, choices, texts, counts, excluded)
 
 # %% ../nbs/46_generate.ipynb #3ae3237e
 STEPS = (0.05, 0.3, 1.0)  # nats at which the shade deepens
@@ -211,12 +234,17 @@ def visible(text: str) -> str:
     return html.escape(text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")) or "∅"
 
 
+def _word(comparison: Comparison, token: int) -> str:
+    decode = comparison.decode
+    return decode.alone(token) if isinstance(decode, TokenTexts) else decode([token])
+
+
 def box(
     comparison: Comparison,
     i: int,  # Token of the original's continuation
 ) -> str:
     "One token as a list item."
-    unseen, word = '<i class="unseen">{}</i>'.format, lambda token: visible(comparison.decode([token]))
+    unseen, word = '<i class="unseen">{}</i>'.format, lambda token: visible(_word(comparison, token))
     other = word(comparison.spliced[i]) if i < len(comparison.spliced) else "(ended)"
     choice = f"<small>≠ {unseen('with SAEs rather ')}{word(comparison.choices[i][1])}</small>" if comparison.differ[i] else ""
     return (f'<li{" class=differ" if comparison.differ[i] else ""} {shade(comparison.kl[i])}><span>{unseen("original ")}{word(comparison.original[i])}</span>'

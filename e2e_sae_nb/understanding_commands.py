@@ -15,7 +15,8 @@ import typer
 def features(
     run_dir: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[Path, typer.Option(help="The page.")] = Path("features.html"),
-    compare: Annotated[Path | None, typer.Option(help="Another run, to stand beside it.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="Another run, to stand beside it, on its own network.")] = None,
+    place: Annotated[list[str] | None, typer.Option(help="Hook point, or part of its name; may be repeated; all if not given.")] = None,
     n_tokens: Annotated[int, typer.Option(help="Held-out tokens to look at.")] = 100_000,
     latents: Annotated[int, typer.Option(help="Latents at most, those that fire most often.")] = 2000,
     ablate: Annotated[bool, typer.Option(help="Measure effects by ablation, too.")] = True,
@@ -23,10 +24,9 @@ def features(
     "A page of the run's latents: contexts, effects, neighbours; one file that needs no network."
     from e2e_sae_nb.dashboard import features as make_dashboard
     from e2e_sae_nb.runs import load_run
-    from e2e_sae_nb.state import subject_for
 
     runs = [load_run(path) for path in (run_dir, compare) if path is not None]
-    print(make_dashboard(runs, subject_for(runs[0].config), n_tokens=n_tokens, limit=latents, ablate=ablate).write(out))
+    print(make_dashboard(runs, n_tokens=n_tokens, limit=latents, ablate=ablate, places=place or ()).write(out))
 
 # %% ../nbs/89_understanding_commands.ipynb #4301efe2
 def autointerp(
@@ -38,6 +38,7 @@ def autointerp(
     shown: Annotated[int, typer.Option(help="Passages per question of detection; weak models need few.")] = 20,
     structured: Annotated[str, typer.Option(help="Hold answers to a schema: json_schema (OpenAI, vLLM, llama.cpp) or json_object (llama-cpp-python).")] = "no",
     latents: Annotated[int, typer.Option(help="How many, drawn at random.")] = 100,
+    place: Annotated[str | None, typer.Option(help="Hook point, if there are several SAEs; the first if not given.")] = None,
     n_tokens: Annotated[int, typer.Option(help="Held-out tokens to take passages from.")] = 200_000,
     out: Annotated[Path, typer.Option(help="Where scores go; answers are kept beside it.")] = Path("autointerp.json"),
     concurrency: Annotated[int, typer.Option(help="Questions in flight.")] = 8,
@@ -56,11 +57,13 @@ def autointerp(
 
     run = load_run(run_dir)
     ends = [auto.Endpoint(name, base_url, concurrency=concurrency, price_in=price_in, price_out=price_out, structured=structured) for name in (model, scorer or model)]
-    cases, cache = cases_of(run, subject_for(run.config), latents, n_tokens=n_tokens), out.with_suffix(".answers.sqlite")
+    cases = cases_of(run, subject_for(run.config), latents, place=place, n_tokens=n_tokens)
+    cache = out.with_suffix(".answers.sqlite")
     print(auto.foretell(cases, ends[0], ends[1], method, cache, shown))
     if not estimate_only:
         result = auto.interpret(cases, ends[0], ends[1], method=method, shown=shown, cache=cache)
-        settings = {"run": run_dir.name, "method": method, "shown": shown, "latents": latents, "n_tokens": n_tokens, "endpoints": [asdict(end) for end in ends]}
+        settings = {"run": run_dir.name, "method": method, "shown": shown, "latents": latents, "n_tokens": n_tokens,
+                    "place": place or next(iter(run.saes)), "endpoints": [asdict(end) for end in ends]}
         write_json(out, result.to_dict() | {"provenance": provenance(settings, seed=0)})
         print(f"mean score {result.mean:.3f} of {len(result.scores)} latents; {out}")
 
@@ -75,6 +78,7 @@ def generate(
     html: Annotated[Path | None, typer.Option(help="Write the comparison token by token to this page.")] = None,
 ) -> None:
     "Continue a prompt with and without the run's SAEs, and say where the two come apart."
+    from e2e_sae_nb.features import excluded_words, kept_positions
     from e2e_sae_nb.generation import Sampling, compare
     from e2e_sae_nb.runs import load_run
     from e2e_sae_nb.state import subject_for
@@ -82,7 +86,8 @@ def generate(
     sampling, run = Sampling(temperature, top_k, seed), load_run(run_dir)
     subject = subject_for(run.config)
     saes = {place: sae.to(subject.device) for place, sae in run.saes.items()}
-    comparison = compare(subject, saes, prompt, n_tokens, sampling=sampling)
+    counted, excluded = kept_positions(run.config, subject), excluded_words(run.config)
+    comparison = compare(subject, saes, prompt, n_tokens, sampling=sampling, keep=counted, excluded=excluded)
     print(comparison)
     if html is not None:
         print(comparison.write(html))

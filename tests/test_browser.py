@@ -1,5 +1,6 @@
 """The feature page in headless Chromium: used by keyboard and mouse, and judged by axe-core (make test-full)."""
 
+import copy
 import shutil
 import subprocess
 import tarfile
@@ -182,3 +183,39 @@ def test_strength_is_not_told_by_colour_alone(page, dashboard):
     assert page.js("document.activeElement.getAttribute('aria-pressed')") == "true"
     for context, tokens in zip(latent["contexts"], page.js(read), strict=True):
         assert [t["number"] for t in tokens] == [f"{a:.2f}" if a > 0 else None for a in context["activation"]]
+
+
+def test_a_run_of_several_places_shows_one_by_choice(axe, browser, dashboard, tmp_path):
+    "A labelled choice of places in the run's column, by keyboard; what was chosen stays while places change; no violations, also when narrow."
+    other = copy.deepcopy(dashboard.panes[1]) | {"run": 0, "place": "blocks.3.hook_resid_post", "title": "run 0", "no_direct": "there is none"}
+    for latent in other["latents"]:  # a token that the run leaves out, and one that is the beginning of a character
+        for context in latent["contexts"]:
+            left_out = 0 if context["at"] else 1
+            context["activation"][left_out] = 0.0
+            context |= {"excluded": [left_out], "texts": ["", *(other["words"][token] for token in context["tokens"][1:])]}
+    panes = [dashboard.panes[0] | {"run": 0}, other, dashboard.panes[1] | {"run": 1}]
+    browser.size(1280)
+    browser.open(Dashboard(panes).write(tmp_path / "places.html").as_uri())
+    assert browser.js("[...document.querySelectorAll('section > h2')].map(h => h.textContent)") == ["run 0", "run 1"]
+    assert browser.js("document.title") == "run 0 | run 1" and browser.js("document.querySelectorAll('.places').length") == 1
+    first, second = ([latent["id"] for latent in sorted(pane["latents"], key=lambda latent: -latent["density"])] for pane in panes[:2])
+    assert rows(browser, 0) == first
+    chosen = first[1]
+    browser.js(f"document.querySelector('section .list [data-id=\"{chosen}\"]').click()")
+    browser.tab_to("e.id === 'place0'")
+    assert browser.js("document.activeElement.labels[0].firstChild.textContent") == "place (2 SAEs)"
+    browser.press("ArrowDown")
+    assert browser.js("document.activeElement.selectedOptions[0].textContent") == "blocks.3.hook_resid_post"
+    assert rows(browser, 0) == second and browser.js("document.querySelectorAll('section:first-child .list').length") == 1
+    assert browser.js("document.querySelector('section:first-child article').innerText.includes('no direct effects: there is none')")
+    first_words = browser.js("[...document.querySelectorAll('section:first-child .context')].map(line => line.querySelector('span').textContent)")
+    assert first_words and set(first_words) == {"·"} and browser.js("document.querySelectorAll('section:first-child .out').length > 0")
+    browser.js(axe)
+    found = browser.js("axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']}).then(found => found.violations.map(v => [v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 200))]))")
+    assert found == []
+    browser.press("ArrowUp")
+    assert rows(browser, 0) == first
+    assert browser.js("document.querySelector('article h2').textContent") == f"Latent {chosen}"
+    browser.size(390)
+    assert browser.js("document.documentElement.scrollWidth <= innerWidth")
+    assert browser.messages == [] and browser.elsewhere() == []
