@@ -47,7 +47,7 @@ class SparsityControl:
             return
         before, self.progress = self.p, progress
         if self.p != before:
-            norms = torch.stack([batch_mean(code_norm(c, p)) for p in (before, self.p) for c in codes.values()]).tolist()  # read at once
+            norms = torch.stack([batch_mean(code_norm(c, p)) for p in (before, self.p) for c in codes.values()]).cpu().tolist()  # read at once
             old, new = sum(norms[: len(codes)]), sum(norms[len(codes) :])
             if old > 0 and math.isfinite(new):
                 self.scale *= old / new
