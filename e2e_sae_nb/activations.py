@@ -45,6 +45,7 @@ def input_output(
     chunk: int = 8,  # Sequences at a time
 ) -> InOut:
     "What goes into an SAE and what comes out, on the original network's activations."
+    sae = sae.to(subject.device)  # one read from a file is on the CPU
     parts = [sparse_forward(sae, original_pass(subject, part, [place], stop=True).activations[place]) for part in tokens.split(chunk)]
     return InOut(torch.cat([acts.input for acts in parts]), torch.cat([acts.output for acts in parts]))
 

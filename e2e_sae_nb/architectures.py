@@ -96,7 +96,8 @@ class Gated(SAE):
         return Shaped(torch.where(pre > 0, magnitude, 0.0), gate, gate if self.training else None)
 
     def auxiliary(self, x: Tensor, output: Tensor, second: Tensor | None, wanted: Tensor) -> Tensor | None:
-        return None if second is None else (second - wanted).square().mean(-1)
+        wide = torch.promote_types(wanted.dtype, torch.float32)  # activations of 16 bit are not squared in 16 bit
+        return None if second is None else (second.to(wide) - wanted.to(wide)).square().mean(-1)
 
     @torch.no_grad()
     def scale_biases(self, factor: Tensor) -> None:

@@ -213,9 +213,11 @@ def generator(
 def pick_device(
     name: str | None = None,  # "cpu", "cuda", "cuda:1", "mps"; None chooses the best there is
 ) -> torch.device:  # A device that exists
-    "The device to run on; a missing one is a `UserError`."
+    "The device to run on, of several processes each its own; a missing one is a `UserError`."
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available() and {"RANK", "MASTER_ADDR"} <= set(os.environ) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"  # as `devices.meet` will set it
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['T', 'Divided', 'world', 'rank', 'divides', 'writes', 'dividing', 'LostProcess', 'meet', 'add', 'add_numbers',
            'batch_mean', 'join_latents', 'enter_latents', 'my_rows', 'all_rows', 'my_turn', 'add_gradients',
-           'among_largest', 'gather', 'once', 'on_first', 'largest', 'any_process', 'in_turns', 'from_turns']
+           'among_largest', 'first_largest', 'gather', 'once', 'on_first', 'largest', 'any_process', 'in_turns',
+           'from_turns']
 
 # %% ../nbs/00b_devices.ipynb #52d5918b
 import atexit
@@ -207,11 +208,25 @@ def among_largest(
     n: int,
 ) -> Int[Tensor, " chosen"]:  # Positions among this process's values
     "Where the n largest values of the whole batch are."
+    if values.device.type != "cpu" and not divides("batch"):
+        return first_largest(values, n)
     largest_here, where = values.topk(min(len(values), n))
     if not divides("batch"):
         return where
     offers = all_rows(largest_here)
     return where[largest_here >= offers.topk(min(n, len(offers))).values[-1]]
+
+# %% ../nbs/00b_devices.ipynb #53b60674
+def first_largest(
+    values: Float[Tensor, " all"],
+    n: int,
+) -> Int[Tensor, " chosen"]:  # Ascending
+    "Positions of the n largest values; of those that equal the smallest of them, the first."
+    if n >= len(values):
+        return torch.arange(len(values), device=values.device)
+    border = values.topk(n, sorted=False).values.amin() if n else values.new_full((), torch.inf)
+    above, equal = (values > border).nonzero()[:, 0], (values == border).nonzero()[:, 0]
+    return torch.cat([above, equal[: n - len(above)]]).sort().values
 
 # %% ../nbs/00b_devices.ipynb #ef035d86
 def gather(

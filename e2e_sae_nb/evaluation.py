@@ -185,6 +185,8 @@ def evaluate_many(
     for saes in alternatives:
         later = [name for name in _later_points(subject, list(saes)) if name not in saes]
         members.append((saes, later, _Tally(saes, later)))
+    for sae in {sae for saes in alternatives for sae in saes.values() if isinstance(sae, torch.nn.Module)}:
+        sae.to(subject.device)  # those read from files are on the CPU
     for sae in learning:
         sae.eval()
     try:

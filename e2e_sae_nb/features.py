@@ -92,6 +92,7 @@ def firings(
 ) -> Firings:
     "Run an SAE on text (on the original network's activations)."
     parts, texts, masks, done = [], [], [], 0
+    sae = sae.to(subject.device)  # one read from a file is on the CPU
     for tokens in batches:
         x = original_pass(subject, tokens.to(subject.device), [sae.reads or place], stop=True).activations[sae.reads or place]
         pairs = _pairs(sparse_forward(sae, x.to(sae.W_enc.dtype)).c)

@@ -24,7 +24,7 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, new: Tensor, orig: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, chunk: int,
-                kept: KeptLogits | None):
+                kept: KeptLogits | None, width: int):
         wide, full = torch.promote_types(new.dtype, torch.float32), bool(kept)
         total, grad = new.new_zeros((), dtype=wide), torch.empty_like(new) if ctx.needs_input_grad[0] else None
         for start in range(0, len(new), chunk):
@@ -32,10 +32,10 @@ class _LinearKL(torch.autograd.Function):
             known = kept[start // chunk] if kept and full else None
             z, norms = known or (nn.functional.linear(orig[part].to(weight.dtype), weight, bias), None)
             if kept is not None and known is None:
-                norms = log_norms(z, scale, softcap)
+                norms = log_norms(z[:, :width], scale, softcap)
                 kept.append((z, norms))
             change = nn.functional.linear((new[part] - orig[part]).to(weight.dtype), weight)
-            kl, slope = kl_rows(z, change, scale, softcap, None if grad is None else 1.0, norms)
+            kl, slope = kl_rows(z, change, scale, softcap, None if grad is None else 1.0, norms, width)
             total += kl
             if grad is not None and slope is not None:
                 grad[part] = (slope @ weight) * (scale / len(new))
@@ -45,12 +45,31 @@ class _LinearKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor):  # type: ignore[override]
         (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype), None, None, None, None, None, None, None
+        return grad * upstream.to(grad.dtype), None, None, None, None, None, None, None, None
 
 # %% ../nbs/07a_linear_kl.ipynb #934e5abc
-def chunk_size(vocab_size: int, device: torch.device) -> int:
-    "Tokens whose logits are held at a time: on a CPU what stays near the cache, on CUDA what fills the device (a quarter of a gigabyte)."
-    return 256 if device.type == "cpu" else max(256, 2**26 // vocab_size)
+def chunk_size(
+    vocab_size: int,
+    device: torch.device,
+    tokens: int | None = None,  # How many there are; None: not known
+) -> int:
+    "Tokens whose logits are held at a time: on a CPU what stays near the cache, elsewhere equal parts of at most 2**28 logits."
+    if device.type == "cpu":
+        return 256
+    most = max(1, 2**28 // vocab_size // 128) * 128
+    return most if not tokens else -(-tokens // -(-tokens // most) // 128) * 128
+
+# %% ../nbs/07a_linear_kl.ipynb #05803b67
+def _padded(
+    weight: Float[Tensor, "vocab d"],
+    bias: Float[Tensor, " vocab"] | None,
+    multiple: int,
+) -> tuple[Tensor, Tensor | None]:
+    "The unembedding with zero rows up to the next multiple."
+    more = -len(weight) % multiple
+    if not more:
+        return weight, bias
+    return nn.functional.pad(weight, (0, 0, 0, more)), None if bias is None else nn.functional.pad(bias, (0, more))
 
 # %% ../nbs/07a_linear_kl.ipynb #44e7fe85
 def linear_kl(
@@ -66,6 +85,7 @@ def linear_kl(
     if torch.is_autocast_enabled(device):  # matrix products in 16 bit, all else as without; the weights are rounded once, not per chunk
         low = low.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        chunk = chunk or chunk_size(len(low), new.device)
-        bias = None if head.linear.bias is None else head.linear.bias.to(low.dtype)  # type: ignore[operator]
-        return _LinearKL.apply(new, orig, low, bias, head.scale, head.softcap, chunk, kept)  # type: ignore[no-any-return]
+        bias, width = None if head.linear.bias is None else head.linear.bias.to(low.dtype), len(low)  # type: ignore[operator]
+        low, bias = _padded(low, bias, 1 if device == "cpu" else 128)  # type: ignore[arg-type]
+        chunk = chunk or chunk_size(len(low), new.device, len(new))
+        return _LinearKL.apply(new, orig, low, bias, head.scale, head.softcap, chunk, kept, width)  # type: ignore[no-any-return]

@@ -168,7 +168,9 @@ def _save(path: Path, step: int, model, optimizers: list, record: list, computin
 
 
 def _load(path: Path, model, optimizers: list) -> tuple[int, list, dict]:
-    state = torch.load(path, weights_only=True, map_location=model.device)  # tensors and plain containers only
+    # Tensors and plain containers only. The optimizers move the moments to their parameters and leave the number of steps where
+    # it is: on the host, where every step reads it.
+    state = torch.load(path, weights_only=True, map_location="cpu")
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)

@@ -50,8 +50,9 @@ def mse(
     b: Float[Tensor, "*batch d"],
     keep: Keep = None,
 ) -> Float[Tensor, ""]:
-    "Squared error, mean over tokens and dimensions."
-    return mean_over((a - b).square().mean(dim=-1), keep)
+    "Squared error, mean over tokens and dimensions, at least in float32."
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return mean_over((a.to(wide) - b.to(wide)).square().mean(dim=-1), keep)
 
 
 def kl_orig_to_new(

@@ -18,8 +18,11 @@ from torch import Tensor
 from .data import TokenStream
 
 # %% ../nbs/04e_prefetch.ipynb #c6052b6e
-def _work(stream: TokenStream, ready: "queue.Queue[tuple[Any, dict[str, int]]]", stop: threading.Event, pin: bool) -> None:
+def _work(stream: TokenStream, ready: "queue.Queue[tuple[Any, dict[str, int]]]", stop: threading.Event,
+          device: torch.device) -> None:
     full = queue.Full  # a thread may outlive the names of the page or module it came from
+    if (pin := device.type == "cuda") and device.index is not None:
+        torch.cuda.set_device(device)  # a thread begins at device 0, and pinning there would open a context on it
     while not stop.is_set():
         try:
             batch: Any = next(stream)
@@ -55,8 +58,8 @@ class Prefetch:
         if self._failed is not None:
             raise self._failed
         if self._thread is None:
-            stop, pin = threading.Event(), self.device.type == "cuda"
-            self._thread = threading.Thread(target=_work, args=(self.stream, self._ready, stop, pin), daemon=True, name="prefetch")
+            stop = threading.Event()
+            self._thread = threading.Thread(target=_work, args=(self.stream, self._ready, stop, self.device), daemon=True, name="prefetch")
             self._stop = weakref.finalize(self, stop.set)
             self._thread.start()
         batch, self._position = self._ready.get()

@@ -47,7 +47,8 @@ class SparsityControl:
             return
         before, self.progress = self.p, progress
         if self.p != before:
-            old, new = (sum(batch_mean(code_norm(c, p)).item() for c in codes.values()) for p in (before, self.p))
+            norms = torch.stack([batch_mean(code_norm(c, p)) for p in (before, self.p) for c in codes.values()]).cpu().tolist()  # read at once
+            old, new = sum(norms[: len(codes)]), sum(norms[len(codes) :])
             if old > 0 and math.isfinite(new):
                 self.scale *= old / new
         if self.config.target_l0 is not None:

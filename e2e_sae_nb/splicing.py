@@ -127,6 +127,9 @@ def splice(
     "Run `subject` with its activations replaced by reconstructions; restored when the block ends."
     seen: dict[str, SAEActs] = {}
     _check_widths(subject, saes)
+    for sae in saes.values():
+        if isinstance(sae, torch.nn.Module):
+            sae.to(subject.device)  # one read from a file is on the CPU
     with edit(subject, sae_edits(saes, keep=keep, error_term=error_term, record=seen.__setitem__)):
         yield seen
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .core import UserError
-from .devices import add, add_numbers, among_largest, batch_mean, gather
+from .devices import add, add_numbers, among_largest, batch_mean, divides, first_largest, gather
 from .sae import SAE, Shaped
 from .sparse_step import Active, SparseCode, find_active, find_positive
 
@@ -86,17 +86,17 @@ class BatchTopK(TopK):
             self.learn_cut(c)
 
     def learn_cut(self, c: Tensor | SparseCode) -> None:
-        values = c.values if isinstance(c, SparseCode) else c[c > 0]
-        least = min(gather(values.min().item() if len(values) else float("inf"), "batch"))
-        if least < float("inf"):
-            least = self.cut.new_tensor(least)
-            self.cut.copy_(least if self.cut < 0 else 0.9 * self.cut + 0.1 * least)
+        values = c.values if isinstance(c, SparseCode) else torch.where(c > 0, c, torch.inf).flatten()
+        least = (values.amin() if len(values) else values.new_full((), torch.inf)).to(self.cut.dtype)  # infinite: nothing fired
+        if divides("batch"):
+            least = least.new_tensor(min(gather(least.item(), "batch")))
+        moved = torch.where(self.cut < 0, least, 0.9 * self.cut + 0.1 * least)
+        self.cut.copy_(torch.where(least < torch.inf, moved, self.cut))
 
     @torch.no_grad()
     def scale_biases(self, factor: Tensor) -> None:
         super().scale_biases(factor)
-        if self.cut > 0:
-            self.cut.mul_(factor)
+        self.cut.mul_(torch.where(self.cut > 0, factor, torch.ones_like(factor)))
 
 # %% ../nbs/06ab_topk.ipynb #f359b343
 class Matryoshka(BatchTopK):
@@ -104,6 +104,7 @@ class Matryoshka(BatchTopK):
 
     architecture = "matryoshka"
     drawn: Int[Tensor, ""]  # training batches so far
+    _known: tuple[Tensor, int, int] | None = None  # `drawn` as it was read last, its version, its value: reading it anew makes the host wait
 
     def __init__(self, d_in: int, d_sae: int, *, prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0), **kwargs: Any):
         super().__init__(d_in, d_sae, **kwargs)
@@ -115,8 +116,13 @@ class Matryoshka(BatchTopK):
 
     def width(self) -> int:
         "Latents in use: a prefix in training, all otherwise."
-        share = random.Random(int(self.drawn)).choice(self.prefixes) if self.training else 1.0
+        share = random.Random(self._drawn()).choice(self.prefixes) if self.training else 1.0
         return max(1, round(share * self.d_sae))
+
+    def _drawn(self) -> int:
+        if self._known is None or self._known[0] is not self.drawn or self._known[1] != self.drawn._version:
+            self._known = (self.drawn, self.drawn._version, int(self.drawn))
+        return self._known[2]
 
     def shape(self, pre: Tensor, latent: Int[Tensor, " pairs"] | None = None) -> Shaped:
         latent = torch.arange(self.d_sae, device=pre.device) if latent is None else latent
@@ -125,24 +131,41 @@ class Matryoshka(BatchTopK):
     @torch.no_grad()
     def observe(self, c: Tensor | SparseCode) -> None:
         super().observe(c)
+        number = self._drawn() + 1
         self.drawn += 1
+        self._known = (self.drawn, self.drawn._version, number)
 
 # %% ../nbs/06ab_topk.ipynb #4fedeac7
-_TOKENS = 256  # whose pre-activations exist at a time
+_TOKENS = 256  # whose pre-activations exist at a time on a CPU
+_ENTRIES = 2**27  # pre-activations that exist at a time elsewhere
 
 
-def _sorted(token: Tensor, latent: Tensor, values: Tensor) -> Active:
-    order = (latent * (int(token.max()) + 1 if len(token) else 1) + token).argsort()
+def _tokens_at_a_time(sae: SAE, x: Tensor) -> int:
+    return _TOKENS if x.device.type == "cpu" else max(1, _ENTRIES // sae.d_sae)
+
+
+def _sorted(token: Tensor, latent: Tensor, values: Tensor, tokens: int) -> Active:
+    order = (latent * max(1, tokens) + token).argsort()
     return Active(token[order].contiguous(), latent[order].contiguous(), values[order])
 
-
+# %% ../nbs/06ab_topk.ipynb #9618c1d4
 def _top(sae: TopK, x: Tensor, per_batch: bool) -> Active:
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    kept = sae.keep.flatten().nonzero()[:, 0] if per_batch and sae.keep is not None else None
+    tokens, kept = len(x), sae.keep.flatten().nonzero()[:, 0] if per_batch and sae.keep is not None else None
     x = x if kept is None else x[kept]
-    wanted = sae.k * (add_numbers([len(x)], "batch")[0] if per_batch else len(x))
-    for start in range(0, max(1, len(x)), _TOKENS):
-        pre = torch.addmm(sae.b_enc, x[start : start + _TOKENS], sae.W_enc)
+    if per_batch and x.device.type != "cpu" and not divides("batch"):
+        token, latent, values = _top_of_batch(sae, x, _tokens_at_a_time(sae, x))
+    else:
+        token, latent, values = _top_in_chunks(sae, x, per_batch)
+    token, fires = token if kept is None else kept[token], (values > 0).nonzero()[:, 0]
+    return _sorted(token[fires], latent[fires], values[fires], tokens)
+
+# %% ../nbs/06ab_topk.ipynb #e68f6447
+def _top_in_chunks(sae: TopK, x: Tensor, per_batch: bool) -> tuple[Tensor, Tensor, Tensor]:
+    "Tokens, latents and values of the k largest per token, or (chunk by chunk, then of these) per batch."
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    wanted, most = sae.k * (add_numbers([len(x)], "batch")[0] if per_batch else len(x)), _tokens_at_a_time(sae, x)
+    for start in range(0, max(1, len(x)), most):
+        pre = torch.addmm(sae.b_enc, x[start : start + most], sae.W_enc)
         n = min(pre.numel(), wanted)
         values, index = pre.flatten().topk(n, sorted=False) if per_batch else pre.topk(sae.k, dim=-1, sorted=False)
         token = index // sae.d_sae if per_batch else torch.arange(len(pre), device=x.device)[:, None].expand_as(index)
@@ -151,8 +174,25 @@ def _top(sae: TopK, x: Tensor, per_batch: bool) -> Active:
     if per_batch:
         chosen = among_largest(values, wanted)
         token, latent, values = token[chosen], latent[chosen], values[chosen]
-    token = token if kept is None else kept[token]
-    return _sorted(*(column[values > 0] for column in (token, latent, values)))
+    return token, latent, values
+
+# %% ../nbs/06ab_topk.ipynb #d8b8a32e
+def _top_of_batch(sae: TopK, x: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:  # At most so many tokens at a time
+    "Tokens, latents and values of the batch's k n largest that are positive, without a candidate below the border so far."
+    wanted = sae.k * len(x)
+    place, values = x.new_zeros(0, dtype=torch.int64), x.new_zeros(0)  # in the batch's [tokens latents], ascending
+    border = x.new_zeros(())
+    for start in range(0, len(x), most):
+        pre = torch.addmm(sae.b_enc, x[start : start + most], sae.W_enc).flatten()
+        if start == 0 and len(pre) > wanted:
+            border = pre.topk(wanted, sorted=False).values.amin().clamp_min(0.0)
+        here = ((pre >= border) & (pre > 0)).nonzero()[:, 0]
+        place, values = torch.cat([place, here + start * sae.d_sae]), torch.cat([values, pre[here]])
+        if len(values) > wanted:
+            chosen = first_largest(values, wanted)
+            place, values = place[chosen], values[chosen]
+            border = values.amin()
+    return place // sae.d_sae, place % sae.d_sae, values
 
 # %% ../nbs/06ab_topk.ipynb #2cf5134e
 @find_active.register

@@ -100,7 +100,9 @@ def of_whole_batch(
 def optimizer_step(t: Training) -> dict[str, float]:  # What to log
     "Clip, set the learning rate, step."
     add_gradients(trainable(t.saes.values()))
-    log_now, norm = _logs_now(t), clip_gradients(t.saes, t.config.max_grad_norm or math.inf)
+    log_now, norm = _logs_now(t), None
+    if log_now or t.config.max_grad_norm:  # without a limit the norm is for the log alone
+        norm = clip_gradients(t.saes, t.config.max_grad_norm or math.inf)
     if log_now:
         check_finite(t, norm)
     for group in t.optimizer.param_groups:
@@ -108,7 +110,7 @@ def optimizer_step(t: Training) -> dict[str, float]:  # What to log
     t.optimizer.step()
     t.optimizer.zero_grad(set_to_none=not t.config.sparse_step)  # rows are added in place, so the memory is kept
     t.steps += 1
-    return {"grad_norm": norm.item(), "lr": t.optimizer.param_groups[0]["lr"]} if log_now else {}
+    return {"grad_norm": float(norm), "lr": t.optimizer.param_groups[0]["lr"]} if log_now and norm is not None else {}
 
 
 def _logs_now(t: Training) -> bool:
