@@ -157,24 +157,14 @@ class Actual:
         "After a plain layer norm."
         return Actual(F.layer_norm(self.values, self.values.shape[-1:]))
 
-# %% ../nbs/09_metrics.ipynb #29a4c9f7
-class VarianceExplained:
-    "Accumulates how well one activation predicts another; sums in float64."
+# %% ../nbs/09_metrics.ipynb #29a4c9f8
+class _Moments:
+    "The mean of tokens that come in batches, and their squared distances from it."
 
-    def __init__(self, layer_normed: bool = False):
-        self.layer_normed, self.count = layer_normed, 0
-        self.error: Tensor | float = 0.0  # squared errors
-        self.ratios: Tensor | float = 0.0  # 1 - squared error / squared distance from the batch's mean
+    def __init__(self):
+        self.count = 0
         self.square: Tensor | float = 0.0  # squared distances from the mean
         self.mean: Tensor | None = None
-
-    def add(self, predicted: Float[Tensor, "tokens d"], actual: Float[Tensor, "tokens d"] | Actual) -> None:
-        actual, predicted = actual if isinstance(actual, Actual) else Actual(actual), wide(predicted)
-        if self.layer_normed:
-            actual, predicted = actual.layer_normed, F.layer_norm(predicted, predicted.shape[-1:])
-        error = (predicted - actual.values).square_().sum(-1)
-        self.error, self.ratios = self.error + error.sum(), self.ratios + (1 - error / actual.spread).sum()
-        self.join(len(error), actual.mean, actual.spread.sum())
 
     def join(self, count: int, mean: Tensor, square: Tensor | float) -> None:
         "Take further tokens into the mean and the squared distances from it."
@@ -183,6 +173,24 @@ class VarianceExplained:
         self.square = self.square + square + (apart.square().sum() * (self.count * count / whole) if self.count else 0.0)
         self.mean = mean if self.mean is None else self.mean + apart * (count / whole)
         self.count = whole
+
+# %% ../nbs/09_metrics.ipynb #29a4c9f7
+class VarianceExplained(_Moments):
+    "Accumulates how well one activation predicts another; sums in float64."
+
+    def __init__(self, layer_normed: bool = False):
+        super().__init__()
+        self.layer_normed = layer_normed
+        self.error: Tensor | float = 0.0  # squared errors
+        self.ratios: Tensor | float = 0.0  # 1 - squared error / squared distance from the batch's mean
+
+    def add(self, predicted: Float[Tensor, "tokens d"], actual: Float[Tensor, "tokens d"] | Actual) -> None:
+        actual, predicted = actual if isinstance(actual, Actual) else Actual(actual), wide(predicted)
+        if self.layer_normed:
+            actual, predicted = actual.layer_normed, F.layer_norm(predicted, predicted.shape[-1:])
+        error = (predicted - actual.values).square_().sum(-1)
+        self.error, self.ratios = self.error + error.sum(), self.ratios + (1 - error / actual.spread).sum()
+        self.join(len(error), actual.mean, actual.spread.sum())
 
     @property
     def ratio_of_sums(self) -> float:
