@@ -8,7 +8,6 @@ __all__ = ['save_checkpoint', 'clear_up', 'locked', 'load_saes', 'sae_from_tenso
 
 # %% ../nbs/11a_checkpoint.ipynb #eb48592f
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -19,10 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
-from .core import FORMAT_VERSION, UserError, check_format, read_json, write_json
+from .core import FORMAT_VERSION, UserError, check_format, flush, move, read_json, write_json
 from .architectures import new_sae
 from .sae import SAE
 
@@ -52,8 +51,8 @@ def save_checkpoint(
         cfg = {"format_version": FORMAT_VERSION, "positions": positions, **info, "sha256": sums}
         write_json(temporary / "cfg.json", cfg | {"sha256": sums | {"cfg.json": _sum_of_cfg(cfg)}})
         if folder.exists():
-            os.replace(folder, aside)
-        os.replace(temporary, folder)
+            move(folder, aside)
+        move(temporary, folder)
     finally:
         _settle(aside, folder)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -63,14 +62,13 @@ def save_checkpoint(
 def _settle(aside: Path, folder: Path) -> None:
     "Put an older checkpoint back if the one that was to replace it did not arrive; else remove it."
     if aside.exists() and not folder.exists():
-        os.replace(aside, folder)
+        move(aside, folder)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
+    flush(path)
 
 
 def _sum_of_cfg(cfg: Mapping[str, Any]) -> str:
@@ -96,24 +94,21 @@ def clear_up(
 def locked(
     folder: str | Path,  # Made if it does not exist
 ) -> Iterator[None]:
-    "Keep other processes from writing to a folder while the block runs (not on Windows, whose folders cannot be locked)."
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    if os.name == "nt":
-        yield
-        return
-    import fcntl
+    "Keep other processes from writing to a folder while the block runs."
+    from filelock import FileLock, Timeout
 
-    handle = os.open(folder, os.O_RDONLY)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder) / ".lock")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):  # others: a file system without locks
-            os.close(handle)
-            raise UserError(f"{folder} is being written to by another run; wait until it ends, stop it, or choose another folder") from None
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder} is being written to by another run; wait until it ends, stop it, or choose another folder") from None
+    except (OSError, NotImplementedError):  # a file system without locks, or a folder that may not be written to, which writing will say
+        pass
     try:
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 # %% ../nbs/11a_checkpoint.ipynb #951b6e75
 def load_saes(
@@ -193,7 +188,7 @@ def load_state(
     cfg: Mapping[str, Any],  # The folder's cfg.json
 ) -> dict[str, Any]:
     "The plain values that continuing needs, after comparing their checksum."
-    _compare(folder / "training.json", cfg)
+    _compared(folder / "training.json", cfg)
     return read_json(folder / "training.json")
 
 
@@ -206,16 +201,19 @@ def load_tensors(
     path = folder / file
     if not path.is_file():
         raise UserError(f"{folder} has no {file}; it cannot be {'resumed from' if 'training' in file else 'loaded'}")
-    _compare(path, cfg)
+    content = _compared(path, cfg)
     try:
-        return load_file(path)
+        return load(content)  # not mapped from the file: a mapped file cannot be replaced on Windows
     except (SafetensorError, json.JSONDecodeError, ValueError) as error:
         raise UserError(f"{path} is not a valid safetensors file ({error})") from None
 
 # %% ../nbs/11a_checkpoint.ipynb #9466237e
-def _compare(path: Path, cfg: Mapping[str, Any]) -> None:
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != cfg["sha256"].get(path.name):
+def _compared(path: Path, cfg: Mapping[str, Any]) -> bytes:
+    "A file's content, after comparing its checksum."
+    content = path.read_bytes() if path.is_file() else None
+    if content is None or hashlib.sha256(content).hexdigest() != cfg["sha256"].get(path.name):
         raise UserError(f"{path} is damaged (its checksum differs from cfg.json); use an earlier checkpoint")
+    return content
 
 # %% ../nbs/11a_checkpoint.ipynb #10b0ad62
 def checkpoints(

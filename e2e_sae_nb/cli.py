@@ -154,6 +154,7 @@ def finetune(
 def train_lm(
     out: Annotated[Path, typer.Option(help="Folder for the model; the same folder resumes.")],
     data: Annotated[str, typer.Option(help="'docstrings', or text: a file, folder, glob or Hub name.")] = "docstrings",
+    lines: Annotated[bool, typer.Option("--lines", help="Of .txt files: each line is a document, not each file.")] = False,
     vocab_size: Annotated[int, typer.Option(help="Entries of a new tokenizer (not for docstrings).")] = 4096,
     set_: Overrides = None,
     new_tokenizer: Annotated[bool, typer.Option(help="For docstrings: learn the tokenizer anew.")] = False,
@@ -164,7 +165,7 @@ def train_lm(
     from e2e_sae_nb.lm import LMConfig, prepare_text, train_lm as run_training
 
     config = from_dict(LMConfig, apply_overrides({}, set_ or ()))
-    streams, size = prepare_text(data, out, vocab_size, new_tokenizer)
+    streams, size = prepare_text(data, out, vocab_size, new_tokenizer, lines)
     run_training(config, streams.pop("train"), streams, size, out, compile=False if eager else "auto")
     print(out)
 
@@ -197,7 +198,7 @@ def main() -> None:
     settle_environment()
     rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"  # as torchrun says
     if rank != "0":
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
         app()
     except SystemExit as ending:

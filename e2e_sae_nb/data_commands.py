@@ -19,6 +19,7 @@ def tokenize(
     shard_tokens: Annotated[int, typer.Option(help="Tokens per file.")] = 2**26,
     split: Annotated[str, typer.Option(help="Of the dataset.")] = "train",
     column: Annotated[str, typer.Option(help="That holds the text.")] = "text",
+    lines: Annotated[bool, typer.Option("--lines", help="Of .txt files: each line is a document, not each file.")] = False,
     held_out_share: Annotated[float, typer.Option(help="Share of documents for evaluation; training must say the same.")] = 0.02,
     workers: Annotated[int, typer.Option(help="Threads that fetch and tokenize ahead.")] = 2,
     retry_seconds: Annotated[float, typer.Option(help="How long a source that went away is asked for again.")] = 300.0,
@@ -29,8 +30,8 @@ def tokenize(
     from e2e_sae_nb.tokenization import write_shards
 
     name = str(data_path("docstrings-lm")) if tokenizer == "docstrings" else tokenizer
-    config = DataConfig(dataset, tokenizer_name=name, split=split, column_name=column, held_out_share=held_out_share, workers=workers,
-                        retry_seconds=retry_seconds)
+    config = DataConfig(dataset, tokenizer_name=name, split=split, column_name=column, lines=lines, held_out_share=held_out_share,
+                        workers=workers, retry_seconds=retry_seconds)
     index = write_shards(config, out, shard_tokens=shard_tokens)
     for side, entries in index["sides"].items():
         tokens = sum(entry["tokens"] for entry in entries)

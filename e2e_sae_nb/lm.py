@@ -22,7 +22,8 @@ from torch import Tensor
 from .compiling import AT_LEAST, FASTER, Compiling
 from .core import Stopwatch, UserError, atomic_path, data_path, generator, pick_device, progress, provenance, say, write_json
 from .corpus import docstring_corpus, read_docstrings, split_by_hash, train_tokenizer
-from .documents import DataConfig, belongs, open_documents, values_of
+from .data import ended_ids, read_documents
+from .documents import DataConfig, sided
 from .machine import CHOICES, SMALL, choose_precision, products_of, wait_for
 from .threads import settle_threads
 
@@ -324,6 +325,7 @@ def prepare_text(
     out: str | Path,  # Where the tokenizer is written
     vocab_size: int = 4096,
     new_tokenizer: bool = False,  # For docstrings: learn the tokenizer anew instead of taking the embedded model's
+    lines: bool = False,  # Of .txt files: each line is a document, not each file
 ) -> tuple[dict[str, np.ndarray], int]:  # Streams (train first), vocabulary size
     "Token streams for `train_lm`, and their tokenizer in the model's folder."
     from transformers import AutoTokenizer
@@ -335,13 +337,13 @@ def prepare_text(
         corpus, tokenizer = docstring_corpus(folder), AutoTokenizer.from_pretrained(folder)
         streams = {name: corpus.tokens(name) for name in ("train", "held_out", "held_out_all")}
     else:
-        config = DataConfig(data, held_out_share=0.05)
-        sides = {role: [d for d in values_of(open_documents(config), config) if belongs(d, config, role)] for role in ("train", "eval")}
-        if not sides["train"] or not sides["eval"]:
-            raise UserError(f"{data} holds too few documents ({len(sides['train'])} for training, {len(sides['eval'])} held out)")
-        tokenizer = train_tokenizer(sides["train"], vocab_size)
-        end = [tokenizer.eos_token_id]
-        streams = {name: np.concatenate([np.array(ids + end) for ids in tokenizer(sides[role])["input_ids"]])
-                   for name, role in (("train", "train"), ("held_out", "eval"))}
+        config, sides = DataConfig(data, held_out_share=0.05, lines=lines), {"train": [], "held_out": []}
+        for held_out, text, ends in sided(read_documents(config), config.held_out_share):
+            sides["held_out" if held_out else "train"].append((text, ends))
+        if not sides["train"] or not sides["held_out"]:
+            raise UserError(f"{data} holds too few documents ({len(sides['train'])} for training, {len(sides['held_out'])} held out); "
+                            "give more text, or --lines if each line of a .txt file is a document")
+        tokenizer = train_tokenizer((text for text, _ in sides["train"]), vocab_size)
+        streams = {name: np.concatenate([np.array(ids) for ids in ended_ids(side, tokenizer)]) for name, side in sides.items()}
     tokenizer.save_pretrained(out)
     return streams, len(tokenizer)

@@ -202,7 +202,7 @@ def draw_course(
     path: Path,  # PNG to write
 ) -> str:  # Its text alternative
     "The terms of the loss over training, from metrics.jsonl."
-    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()] if run.path and (run.path / "metrics.jsonl").is_file() else []
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()] if run.path and (run.path / "metrics.jsonl").is_file() else []
     keys = [key for key in dict.fromkeys(k for line in lines for k in line) if key == "loss" or key.startswith("loss/")]
     figure, (ax,) = new_axes()
     for i, key in enumerate(keys):

@@ -18,7 +18,7 @@ from torch import Tensor
 from .data import TokenStream
 
 # %% ../nbs/04e_prefetch.ipynb #c6052b6e
-def _work(stream: TokenStream, ready: "queue.Queue[tuple[Any, dict[str, int]]]", stop: threading.Event,
+def _work(stream: TokenStream, ready: "queue.Queue[tuple[Any, dict[str, Any]]]", stop: threading.Event,
           device: torch.device) -> None:
     full = queue.Full  # a thread may outlive the names of the page or module it came from
     if (pin := device.type == "cuda") and device.index is not None:
@@ -47,9 +47,9 @@ class Prefetch:
         self.stream, self.device, self.depth = stream, torch.device(device), depth
         self._begin(stream.state_dict())
 
-    def _begin(self, position: dict[str, int]) -> None:
+    def _begin(self, position: dict[str, Any]) -> None:
         self._position, self._thread, self._failed = position, None, None
-        self._ready: queue.Queue[tuple[Any, dict[str, int]]] = queue.Queue(self.depth)
+        self._ready: queue.Queue[tuple[Any, dict[str, Any]]] = queue.Queue(self.depth)
 
     def __iter__(self) -> "Prefetch":
         return self
@@ -68,10 +68,10 @@ class Prefetch:
             raise batch
         return batch.to(self.device, non_blocking=True)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return self._position
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._thread is not None:
             self._stop()
             self._thread.join()

@@ -4,26 +4,27 @@
 
 # %% auto #0
 __all__ = ['TRANSIENT', 'A', 'B', 'BLOCK', 'REMOTE_KINDS', 'lasting', 'Patience', 'Part', 'fetch', 'RemoteFile', 'ahead',
-           'is_url', 'remote_files', 'suffix', 'remote_examples', 'persistent', 'answers']
+           'is_url', 'remote_files', 'suffix', 'is_path', 'remote_examples', 'persistent', 'answers']
 
 # %% ../nbs/02a_remote.ipynb #eaf84c93
 import contextlib
 import fnmatch
 import io
-import json
 import random
 import re
 import socket
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from http.client import HTTPException
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import Request, urlopen
 
-from .core import UserError, say
+from .core import UserError, nearest, say
+from .readers import LARGE, read_blocks
 
 # %% ../nbs/02a_remote.ipynb #40dd64d4
 def lasting(error: BaseException) -> bool:
@@ -160,6 +161,7 @@ def ahead(
         yield from map(work, items)
         return
     pool, waiting = ThreadPoolExecutor(workers, "ahead"), deque[Future[B]]()
+    close = weakref.finalize(pool, pool.shutdown, wait=False, cancel_futures=True)  # called at the interpreter's end at the latest
     try:
         for item in items:
             waiting.append(pool.submit(work, item))
@@ -168,11 +170,11 @@ def ahead(
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        close()
 
 # %% ../nbs/02a_remote.ipynb #28644354
 BLOCK = 2**23  # bytes of a text file that are asked for at a time
-REMOTE_KINDS = (".parquet", ".jsonl", ".txt")
+REMOTE_KINDS = (".parquet", ".jsonl", ".json", ".csv", ".txt")
 
 
 def is_url(name: str) -> bool:
@@ -208,48 +210,52 @@ def suffix(url: str) -> str:
     "The ending of a URL's path, as '.parquet'."
     return "." + urlsplit(url).path.rpartition(".")[2]
 
+# %% ../nbs/02a_remote.ipynb #6eb0985a
+def is_path(name: str) -> bool:
+    "Whether a name can only mean a place on this machine, on Windows too (C:\\text, D:/text); others may be on the Hub."
+    return name.startswith((".", "/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", name) is not None
+
 # %% ../nbs/02a_remote.ipynb #1399d515
 def remote_examples(
     url: str,  # As for `remote_files`
     column: str,
     limit: float = 300.0,  # As for `fetch`
     workers: int = 2,  # Parts fetched at a time
-) -> Iterator[dict[str, Any]]:  # As `datasets` yields them, but only this column where there are columns
-    "The examples of remote files, in the order of the files."
-    for file in remote_files(url, limit):
+    further: Sequence[str] = (),  # Columns that need not be there
+    **text: Any,
+) -> Iterator[dict[str, Any]]:  # As `datasets` yields them, but only these columns
+    "The examples of remote files, in the order of the files; keywords are for .txt files (lines and tally, as for `text_documents`)."
+    files = remote_files(url, limit)
+    for file in files:
         if suffix(file) == ".parquet":
-            yield from _parquet(file, column, limit, workers)
-        elif suffix(file) == ".jsonl":
-            yield from (json.loads(line) for line in _lines(file, limit, workers) if line.strip())
-        else:
-            yield from ({"text": line.decode("utf-8", errors="replace").removesuffix("\r")} for line in _lines(file, limit, workers))
+            yield from _parquet(file, [column, *further], limit, workers)
+            continue
+        known = fetch(file, 0, 1, limit)
+        keys = text | {"divided": len(files) == 1 or known.size > LARGE} if suffix(file) == ".txt" else {}
+        yield from read_blocks(suffix(file), _blocks(file, known, limit, workers), file, [column, *further], **keys)
 
 # %% ../nbs/02a_remote.ipynb #c8e4def1
-def _lines(url: str, limit: float, workers: int) -> Iterator[bytes]:
-    known, left = fetch(url, 0, 1, limit), b""
-    for part in ahead(lambda start: fetch(url, start, BLOCK, limit, known).body, range(0, known.size, BLOCK), workers):
-        *whole, left = (left + part).split(b"\n")
-        yield from whole
-    if left:
-        yield left
+def _blocks(url: str, known: Part, limit: float, workers: int) -> Iterator[bytes]:
+    yield from ahead(lambda start: fetch(url, start, BLOCK, limit, known).body, range(0, known.size, BLOCK), workers)
 
 
-def _parquet(url: str, column: str, limit: float, workers: int) -> Iterator[dict[str, Any]]:
+def _parquet(url: str, columns: Sequence[str], limit: float, workers: int) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     file = RemoteFile(url, limit)
     whole = pq.ParquetFile(file)  # type: ignore[arg-type]
-    if column not in whole.schema_arrow.names:
-        yield dict.fromkeys(whole.schema_arrow.names)  # whoever wants the column sees what there is
-        return
+    names = whole.schema_arrow.names
+    if columns[0] not in names:
+        raise UserError(f"{url} has no column {columns[0]!r}; set column_name: {nearest(columns[0], names)}")
+    present = [column for column in columns if column in names]
 
     def group(number: int) -> Any:
         again = pq.ParquetFile(RemoteFile(url, limit, file.known), metadata=whole.metadata)  # type: ignore[arg-type]
-        return again.read_row_group(number, columns=[column], use_threads=False)
+        return again.read_row_group(number, columns=present, use_threads=False)
 
     for table in ahead(group, range(whole.num_row_groups), workers):
         for batch in table.to_batches(max_chunksize=1000):
-            yield from ({column: value} for value in batch.column(0).to_pylist())
+            yield from batch.to_pylist()
 
 # %% ../nbs/02a_remote.ipynb #09f14c7c
 def persistent(

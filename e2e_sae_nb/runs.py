@@ -21,7 +21,7 @@ import yaml
 from .checkpoint import latest_checkpoint, load_saes
 from .compiling import compile_if_faster
 from .config import apply_overrides, from_dict, read_yaml, to_dict
-from .core import DTYPES, UserError, atomic_path, nearest, progress, read_json
+from .core import DTYPES, UserError, atomic_path, nearest, progress, read_json, safe_name
 from .devices import divides, on_first, world
 from .documents import DataConfig
 from .losses import LossConfig, run_type
@@ -139,7 +139,7 @@ def check_disjoint(train: DataConfig, evaluation: DataConfig | None) -> None:
     "Two descriptions of one split must draw the line between training and evaluation documents in the same place."
     if evaluation is None or (train.dataset_name, train.split) != (evaluation.dataset_name, evaluation.split):
         return
-    for key in ("held_out_share", "is_tokenized", "column"):
+    for key in ("held_out_share", "is_tokenized", "column", "lines"):
         if getattr(train, key) != getattr(evaluation, key):
             raise UserError(f"train_data and eval_data name the same split but differ in {key}, so evaluation could meet documents that "
                             "were trained on; make them agree")
@@ -212,9 +212,9 @@ class MetricsLog:
                  show: bool = True):
         self.path = None if folder is None else folder / "metrics.jsonl"
         if self.path is not None and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _samples(line) <= samples]
+            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _samples(line) <= samples]
             with atomic_path(self.path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept))
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8", newline="\n")
         self.bar = progress(total=total, initial=samples, unit="seq", desc=run_type(config.loss), show=show)
         trackers = wandb_sink(config.wandb_project, run_name(config), to_dict(config), folder), tensorboard_sink(config.tensorboard, folder, samples)
         self.sinks = [sink for sink in trackers if sink is not None]
@@ -223,7 +223,7 @@ class MetricsLog:
         "One line; what is not finite becomes null, since JSON has no NaN."
         line = {"samples": samples, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as f:
+            with open(self.path, "a", encoding="utf-8", newline="\n") as f:
                 f.write(json.dumps(line) + "\n")
         for log, _ in self.sinks:
             log(samples, values)
@@ -248,13 +248,13 @@ def new_run_dir(
     "Create the run's folder and write its configuration."
     if config.save_dir is None:
         return None
-    base, number = config.save_dir / (name or run_name(config)), 1
+    base, number = config.save_dir / safe_name(name or run_name(config)), 1
     folder = base
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=False)
             with atomic_path(folder / "config.yaml") as temporary:
-                temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+                temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8", newline="\n")
             return folder
         except FileExistsError:
             number, folder = number + 1, base.with_name(f"{base.name}-{number + 1}")
@@ -288,7 +288,11 @@ def run_config(
     "The configuration of a run; a folder that is none is a `UserError`."
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} is not a run folder (no config.yaml); a run folder is what e2e-sae train writes")
-    return RunConfig.from_yaml(path / "config.yaml")
+    values = read_yaml(path / "config.yaml")
+    for data in (values.get("train_data"), values.get("eval_data")):
+        if isinstance(data, dict):
+            data.setdefault("lines", True)  # a run of the time before this key read .txt files by lines
+    return RunConfig.from_dict(values)
 
 
 def load_run(

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from .core import FORMAT_VERSION, UserError, atomic_path, progress, provenance, read_json, write_json
-from .data import check_source, choose_side, read_documents, tokenize, tokenizer_for
-from .documents import DataConfig, content_hash, local_files
+from .data import check_source, choose_side, ended_ids, read_documents, tokenizer_for
+from .documents import DataConfig, local_files, sided
+from .fingerprints import data_fingerprint
 from .shards import INDEX, PROGRESS, is_shards, map_shard, read_index, tokenizer_facts, verify
 
 # %% ../nbs/04f_tokenize.ipynb #b0f6e24d
@@ -85,17 +86,18 @@ def load_progress(
         side.held[: side.count] = held
     return note["documents"]
 
-
+# %% ../nbs/04f_tokenize.ipynb #065b014b
 def check_settings(folder: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
     "Refuse a folder that was begun with other settings."
-    different = [key for key, value in settings.items() if found["settings"].get(key) != value]
+    before = {key: found["settings"].get(key, {"lines": True}.get(key, value)) for key, value in settings.items()}  # there was no choice
+    different = [key for key, value in settings.items() if before[key] != value]
     if different:
-        raise UserError(f"{folder} was begun with another {different[0]} ({str(found['settings'].get(different[0]))[:80]}, now "
+        raise UserError(f"{folder} was begun with another {different[0]} ({str(before[different[0]])[:80]}, now "
                         f"{str(settings[different[0]])[:80]}); choose another folder")
 
 # %% ../nbs/04f_tokenize.ipynb #9f599011
 def write_shards(
-    config: DataConfig,  # A text dataset; its split, column, held_out_share, workers and retry_seconds count
+    config: DataConfig,  # A text dataset; its split, column, lines, held_out_share, workers and retry_seconds count
     out: str | Path,
     tokenizer: Any = None,  # That of config.tokenizer_name if not given
     shard_tokens: int = 2**26,  # Per file
@@ -106,7 +108,10 @@ def write_shards(
     facts = tokenizer_facts(tokenizer) | {"name": config.tokenizer_name or getattr(tokenizer, "name_or_path", "")}
     settings = {"dataset_name": config.dataset_name, "split": split, "column": config.column, "shard_tokens": shard_tokens,
                 "held_out_share": config.held_out_share if held_out is not None else None, "tokenizer": facts["sha256"],
+                "data": data_fingerprint(replace(config, split=split)),
                 "files": [[Path(file).name, Path(file).stat().st_size] for file in local_files(config.dataset_name)]}
+    if any(Path(file).suffix.lower() == ".txt" for file in local_files(config.dataset_name)) or config.dataset_name.endswith(".txt"):
+        settings["lines"] = config.lines
     if (out / INDEX).is_file():
         check_settings(out, read_index(out), settings)
         verify(out)
@@ -141,18 +146,18 @@ def _write_all(config: DataConfig, held_out: bool | None, tokenizer: Any, sides:
                note: Any) -> None:
     done, names = sum(documents.values()), deque[str]()
 
-    def texts() -> Iterator[str]:
-        for number, text in enumerate(read_documents(config)):
+    def texts() -> Iterator[tuple[str, bool]]:
+        for number, (side, text, ends) in enumerate(sided(read_documents(config), config.held_out_share, whole=held_out is None)):
             if number >= done:
-                names.append("held_out" if held_out is None or content_hash(text) < config.held_out_share else "train")
-                yield text
+                names.append("held_out" if side else "train")
+                yield text, ends
 
     bar = progress(total=None, initial=sum(side.tokens for side in sides.values()), unit="tok", unit_scale=True, desc="tokenize")
-    for ids in tokenize(texts(), tokenizer, workers=config.workers):
+    for ids in ended_ids(texts(), tokenizer, config.workers):
         name = names.popleft()
         documents[name] += 1
-        bar.update(len(ids) + 1)
-        if sides[name].add([*ids, tokenizer.eos_token_id]):
+        bar.update(len(ids))
+        if sides[name].add(ids):
             note()
     bar.close()
     if not sum(documents.values()):

@@ -106,7 +106,7 @@ def server(folder):
 
 
 def remote(server, name="part-*.parquet", **keys):
-    return DataConfig(f"{server.url}/{name}", **{"n_ctx": 16, "seed": 3, "held_out_share": 0.1, "shuffle_buffer": 50, **keys})
+    return DataConfig(f"{server.url}/{name}", **{"n_ctx": 16, "seed": 3, "held_out_share": 0.1, "shuffle_buffer": 50, "lines": True, **keys})
 
 
 def batches(config, tokenizer, role="train"):
