@@ -16,11 +16,11 @@ from typing import Any
 
 from .config import to_dict
 from .core import Stopwatch, UserError, atomic_path, nearest, provenance
-from .features import describe, excluded_words, first_tokens, kept_positions
+from .features import describe, excluded_words, first_tokens
 from .losses import run_type
 from .models import Subject
 from .runs import Run, RunConfig
-from .state import data_for, subject_for
+from .state import data_for, keep_for, subject_for
 from .token_texts import TokenTexts
 
 # %% ../nbs/45a_dashboard.ipynb #62c28a60
@@ -119,7 +119,8 @@ def _chosen(runs: Sequence[Run], wanted: str | Sequence[str]) -> list[list[str]]
 # %% ../nbs/45a_dashboard.ipynb #4057a425
 def _facts_line(run: Run, subject: Subject, facts: Mapping[str, Any]) -> str:
     "What a pane says of itself below its title."
-    known = [f"{k.replace('_', ' ')} {run.summary[k]:.3f}" for k in ("ce_increase", "kl") if k in run.summary]
+    names = {"ce_increase": "CE increase", "kl": "KL"}
+    known = [f"{name} {run.summary[key]:.3f}" for key, name in names.items() if key in run.summary]
     joint = f" with all {len(run.saes)} SAEs in place" if len(run.saes) > 1 else ""
     excluded = excluded_words(run.config)
     left_out = f"; left out, as in the run: {excluded} ({facts['excluded']:,} tokens)" if excluded else ""
@@ -141,7 +142,7 @@ def features(
     runs, panes = [runs] if isinstance(runs, Run) else list(runs), []
     chosen = _chosen(runs, places)
     for number, (run, network) in enumerate(zip(runs, subjects_of(runs, subject), strict=True)):
-        config, keep = replace(run.config, save_dir=None), kept_positions(run.config, network)
+        config, keep = replace(run.config, save_dir=None), keep_for(run.config, network)
         batches = list(first_tokens(data_for(config, network, "eval"), n_tokens))
         for place in chosen[number]:
             clock, sae = Stopwatch(), run.saes[place].to(network.device)

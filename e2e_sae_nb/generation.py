@@ -109,7 +109,7 @@ def generate(
     saes: Mapping[str, SAE] | None = None,  # Hook name -> SAE in evaluation mode; None: the original network
     sampling: Sampling = Sampling(),  # The likeliest token at each step if not given
     use_cache: bool = True,  # False: read the whole text anew for every token
-    keep: Positions | None = None,  # That SAEs handle, from `kept_positions`; None: all
+    keep: Positions | None = None,  # That SAEs handle, from `keep_for`; None: all
 ) -> Continuation:
     "Continue a prompt, with SAEs in place of activations or without."
     text = new = prompt_tokens(subject, prompt, n_tokens)
@@ -187,7 +187,7 @@ def compare(
     n_tokens: int = 50,
     *,
     sampling: Sampling = Sampling(),
-    keep: Positions | None = None,  # That SAEs handle and that count, from `kept_positions`; None: all
+    keep: Positions | None = None,  # That SAEs handle and that count, from `keep_for`; None: all
     excluded: str = "",  # What it leaves out, in words
 ) -> Comparison:
     "Continue a prompt with and without SAEs, and compare predictions along the original's continuation."

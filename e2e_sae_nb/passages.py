@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .core import UserError, say
-from .features import Firings, firings, first_tokens, kept_positions
+from .features import Firings, firings, first_tokens
 from .models import Subject
 from .runs import Run
-from .state import data_for
+from .state import data_for, keep_for
 from .token_texts import TokenTexts
 
 # %% ../nbs/47a_passages.ipynb #abf9d231
@@ -127,7 +127,7 @@ def cases_of(
         say(f"latents of the SAE at {place}; the run has others, chosen by `place`: {', '.join(others)}", always=True)
     sae, texts = run.saes[place].to(subject.device), TokenTexts(subject.tokenizer)
     batches = first_tokens(data_for(replace(run.config, save_dir=None), subject, "eval"), n_tokens)
-    found, cases = firings(subject, place, sae, batches, kept_positions(run.config, subject)), []
+    found, cases = firings(subject, place, sae, batches, keep_for(run.config, subject)), []
     for latent in np.random.default_rng(seed).permutation(np.flatnonzero(found.count)).tolist():
         if len(cases) == n_latents:
             break

@@ -78,15 +78,15 @@ def generate(
     html: Annotated[Path | None, typer.Option(help="Write the comparison token by token to this page.")] = None,
 ) -> None:
     "Continue a prompt with and without the run's SAEs, and say where the two come apart."
-    from e2e_sae_nb.features import excluded_words, kept_positions
+    from e2e_sae_nb.features import excluded_words
     from e2e_sae_nb.generation import Sampling, compare
     from e2e_sae_nb.runs import load_run
-    from e2e_sae_nb.state import subject_for
+    from e2e_sae_nb.state import keep_for, subject_for
 
     sampling, run = Sampling(temperature, top_k, seed), load_run(run_dir)
     subject = subject_for(run.config)
     saes = {place: sae.to(subject.device) for place, sae in run.saes.items()}
-    counted, excluded = kept_positions(run.config, subject), excluded_words(run.config)
+    counted, excluded = keep_for(run.config, subject), excluded_words(run.config)
     comparison = compare(subject, saes, prompt, n_tokens, sampling=sampling, keep=counted, excluded=excluded)
     print(comparison)
     if html is not None:

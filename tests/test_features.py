@@ -9,14 +9,14 @@ from torch import nn
 
 from e2e_sae_nb.core import UserError
 from e2e_sae_nb.dashboard import features, pane, subjects_of
-from e2e_sae_nb.features import describe, direct_effects, direct_path, firings, kept_positions, no_direct_path
+from e2e_sae_nb.features import describe, direct_effects, direct_path, firings, no_direct_path
 from e2e_sae_nb.generation import compare, generate
 from e2e_sae_nb.models import Subject, load_subject, tiny_model, tiny_subject
 from e2e_sae_nb.passages import cases_of
 from e2e_sae_nb.runs import RunConfig
 from e2e_sae_nb.sae import SAE
 from e2e_sae_nb.splicing import edit, original_pass, splice
-from e2e_sae_nb.state import data_for
+from e2e_sae_nb.state import data_for, keep_for
 from e2e_sae_nb.token_texts import TokenTexts
 from e2e_sae_nb.training import train
 
@@ -192,7 +192,7 @@ def test_excluded_positions_rule_nothing(models, excluding):
     "Densities, maxima, contexts and company are those of the positions that count, by hand; the page says what is left out."
     subject = load_subject(models / "gpt2", device="cpu")
     tokens = next(iter(data_for(excluding.config, subject, "eval")))
-    keep = kept_positions(excluding.config, subject)
+    keep = keep_for(excluding.config, subject)
     end = subject.tokenizer.eos_token_id
     mask = (torch.arange(tokens.shape[1]) > 0) & (tokens != end)
     assert torch.equal(keep(tokens), mask) and (tokens[:, 1:] == end).any(), "special tokens inside sequences as well"
@@ -219,7 +219,7 @@ def test_excluded_positions_rule_nothing(models, excluding):
 def test_ablation_keeps_excluded_activations(models, excluding):
     "The effect of removing a latent, in the spliced network that the run has: by hand, with the mask."
     subject, place = load_subject(models / "gpt2", device="cpu"), "blocks.1.hook_resid_pre"
-    tokens, keep, sae = next(iter(data_for(excluding.config, subject, "eval"))), kept_positions(excluding.config, subject), excluding.saes["blocks.1.hook_resid_pre"]
+    tokens, keep, sae = next(iter(data_for(excluding.config, subject, "eval"))), keep_for(excluding.config, subject), excluding.saes["blocks.1.hook_resid_pre"]
     facts = describe(subject, place, sae, [tokens], keep=keep)
     found = firings(subject, place, sae, [tokens], keep)
     seen = 0
@@ -266,7 +266,7 @@ def test_generation_keeps_excluded_activations(models, family, cached):
     end = subject.tokenizer.eos_token_id
     config = RunConfig.from_dict({"tlens_model_path": "x", "saes": {"sae_positions": place}, "loss": {"sparsity": {"coeff": 1}}, "lr": 1e-3, "batch_size": 1, "n_samples": 1,
                                   "train_data": {"dataset_name": "x"}, "exclude_first_position": True, "exclude_special_tokens": True})
-    keep, saes = kept_positions(config, subject), {place: SAE(16, 40, dtype=torch.float64)}
+    keep, saes = keep_for(config, subject), {place: SAE(16, 40, dtype=torch.float64)}
     prompt = [5, end, 17, 30]
     found = generate(subject, prompt, 10, saes=saes, keep=keep, use_cache=cached)
     text = list(prompt)
