@@ -12,8 +12,9 @@ import torch
 from e2e_sae_nb.core import Stopwatch, provenance, repo_root, versions, write_json
 from e2e_sae_nb.features import direct_effects
 from e2e_sae_nb.geometry import regions
-from e2e_sae_nb.kept import DEPTHS, load_kept
+from e2e_sae_nb.kept import DEPTHS, held_out, load_kept
 from e2e_sae_nb.models import Subject, load_subject
+from e2e_sae_nb.token_texts import TokenTexts
 
 SETTINGS: dict[str, Any] = {"n_neighbors": 15, "min_dist": 0.05, "metric": "cosine", "random_state": 0}
 RULE = {"k": 20, "share": 0.75, "least": 20}
@@ -32,13 +33,13 @@ def embed(rows: torch.Tensor, seed: int) -> tuple[torch.Tensor, str]:
         return torch.from_numpy(umap.UMAP(**SETTINGS | {"random_state": seed}).fit_transform(rows.numpy())).round(decimals=2), umap.__version__
 
 
-def describe(subject: Subject, rows: torch.Tensor, is_ds: torch.Tensor, index: int) -> dict[str, Any]:
+def describe(subject: Subject, rows: torch.Tensor, is_ds: torch.Tensor, index: int, how: dict[str, Any]) -> dict[str, Any]:
     "One region: its counts, and words its directions raise."
-    word = lambda token: subject.tokenizer.decode([token])
+    word = TokenTexts(subject.tokenizer).alone
     ds = int(is_ds.sum())
     majority = rows[is_ds if 2 * ds > len(rows) else ~is_ds]
-    (mean,) = direct_effects(subject, torch.nn.functional.normalize(majority.mean(0), dim=-1)[None], k=5)
-    first = Counter(word(effect["up"][0][0]) for effect in direct_effects(subject, rows, k=1))
+    (mean,) = direct_effects(subject, torch.nn.functional.normalize(majority.mean(0), dim=-1)[None], k=5, **how)
+    first = Counter(word(effect["up"][0][0]) for effect in direct_effects(subject, rows, k=1, **how))
     return {"name": "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[index], "ds": ds, "local": len(rows) - ds, "mean_raises": [word(token) for token, _ in mean["up"]],
             "commonest": sorted(first.items(), key=lambda pair: (-pair[1], pair[0]))[:4]}
 
@@ -62,7 +63,9 @@ def main() -> None:
             print(f"{depth}, seed {seed}: e2e+ds/local " + ", ".join(f"{ds}/{local}" for ds, local in seeds[-1]["regions"]) + f"; {float(clock):.0f} s", flush=True)
             if (depth, seed) == ("middle", SETTINGS["random_state"]):
                 count = min(int(label.max()) + 1, SHOWN)
-                stored = {"rule": RULE, "regions": [describe(subject, rows[label == i], is_ds[label == i], i) for i in range(count)],
+                one = kept["local"]
+                how = {"place": one.place, "tokens": held_out(one, subject, 8)[:, :64]}
+                stored = {"rule": RULE, "regions": [describe(subject, rows[label == i], is_ds[label == i], i, how) for i in range(count)],
                           "region_count": int(label.max()) + 1, "x": [round(v, 2) for v in points[:, 0].tolist()],
                           "y": [round(v, 2) for v in points[:, 1].tolist()], "type": kinds}
     record = provenance({"umap": SETTINGS, "rule": RULE, "seeds": SEEDS, "runs": runs}, seed=SETTINGS["random_state"], seconds=float(clock),
