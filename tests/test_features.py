@@ -26,7 +26,8 @@ transformers = pytest.importorskip("transformers")
 # modules whose outputs are added to the residual stream, by family: what a direct effect holds fixed
 ADDERS = {"gpt2": ("attn", "mlp"), "gpt_neo": ("attn", "mlp"), "gpt_neox": ("attention", "mlp"), "llama": ("self_attn", "mlp"),
           "qwen3": ("self_attn", "mlp"), "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
-          "gemma3_text": ("post_attention_layernorm", "post_feedforward_layernorm")}
+          "gemma3_text": ("post_attention_layernorm", "post_feedforward_layernorm"),
+          "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm")}
 CAPPED = ("gemma2",)
 
 
