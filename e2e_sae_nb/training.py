@@ -22,7 +22,7 @@ from .architectures import observe, only_kept, trainable
 from .checkpoint import checkpoints
 from .config import to_dict
 from .core import Stopwatch, UserError, peak_memory_bytes, provenance, say, write_json
-from .data import TokenStream, own_splits
+from .data import TokenStream, own_splits, special_token_ids
 from .devices import LostProcess, add, add_gradients, add_numbers, batch_mean, dividing, divides, my_rows, once, rank, world, writes
 from .evaluation import EvalResult, evaluate_many
 from .live import watch
@@ -289,16 +289,17 @@ def evaluate(
     settle_threads()
     run = run if isinstance(run, Run) else load_run(run)
     config, clock = replace(run.config, eval_n_samples=n_samples or run.config.eval_n_samples), Stopwatch()
-    ways = {"evaluation": (config.exclude_first_position, config.exclude_special_tokens),
-            "all_positions": (False, False), "without_first_position_and_special_tokens": (True, True)}
     with dividing("latents" if config.saes.sharded else "batch"):
         subject = subject or subject_for(config)
         check_places(subject, run.saes)
+        special = bool(special_token_ids(subject.tokenizer))
+        ways = {"evaluation": (config.exclude_first_position, config.exclude_special_tokens), "all_positions": (False, False),
+                "without_first_position" + "_and_special_tokens" * special: (True, special)}
         saes = {name: cut_sae(sae).to(subject.device) for name, sae in run.saes.items()}
         batches, found = held_out(config, subject), {}
-        for first, special in dict.fromkeys(ways.values()):
-            counting = replace(config, exclude_first_position=first, exclude_special_tokens=special)
-            found[first, special] = evaluate_held_out(subject, [saes], counting, batches)[0]
+        for first, specials in dict.fromkeys(ways.values()):
+            counting = replace(config, exclude_first_position=first, exclude_special_tokens=specials)
+            found[first, specials] = evaluate_held_out(subject, [saes], counting, batches)[0]
     result = found[ways["evaluation"]]
     if (path := run.path) is not None:
         record = provenance(to_dict(run.config), seed=config.seed, tokens=result.tokens, seconds=float(clock),

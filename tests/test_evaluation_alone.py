@@ -22,8 +22,8 @@ from e2e_sae_nb.finetuning import finetune, penalty_like_error
 from e2e_sae_nb.hub import pull
 from e2e_sae_nb.losses import SparsityConfig
 from e2e_sae_nb.model_card import write_folder
-from e2e_sae_nb.models import tiny_model
-from e2e_sae_nb.state import begin, resume, save
+from e2e_sae_nb.models import subject_from_model, tiny_model
+from e2e_sae_nb.state import begin, data_for, resume, save
 from e2e_sae_nb.training import train_step
 
 PLACES = ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"]
@@ -164,6 +164,24 @@ def test_evaluation_opens_no_training(home, place, subject, monkeypatch):
     )
     assert evaluate(run.path, subject=subject).kl == run.summary["kl"]
     assert opened == ["eval"] and [keep is None for keep in passes] == [True, False]
+
+
+def test_special_tokens_that_nobody_knows(home, place, subject):
+    "Without a tokenizer only the first position is left out, and the name says so; tokens are counted by hand."
+    run = train(config(home, place), subject=subject)
+    evaluate(run, subject=subject)
+    known, ends = read_json(run.path / "evaluation.json"), subject.tokenizer.all_special_ids
+    rows = torch.cat(list(data_for(run.config, subject, "eval")))[:12]
+    counted = known["without_first_position_and_special_tokens"]["tokens"]
+    assert counted == int((~torch.isin(rows[:, 1:], torch.tensor(ends))).sum()) < 12 * 15
+    (place / "ids.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows.tolist()))
+    ids = replace(run.config.train_data, dataset_name=str(place / "ids.jsonl"), is_tokenized=True)
+    bare = replace(run, config=replace(run.config, train_data=ids, eval_data=None))
+    silent = subject_from_model(subject.model, name="silent")
+    tokens = evaluate(bare, subject=silent).tokens
+    found = read_json(run.path / "evaluation.json")
+    assert set(found) == {"evaluation", "all_positions", "without_first_position", "provenance"}
+    assert tokens > 0 and found["without_first_position"]["tokens"] == tokens * 15 // 16
 
 
 def test_another_network_is_named(home, place, subject):
@@ -368,7 +386,6 @@ def test_the_penalty_of_a_fine_tune_counts_what_the_run_counts(home, place, subj
         loss=replace(run.config.loss, sparsity=SparsityConfig(0.0)),
     )
     from e2e_sae_nb.splicing import original_pass
-    from e2e_sae_nb.state import data_for
 
     tokens = next(data_for(run.config, subject, "train"))
     x = original_pass(subject, tokens, PLACES[:1], stop=True).activations[PLACES[0]][:, 1:]
