@@ -188,6 +188,7 @@ def test_real_package(tmp_path):
 
 
 if __name__ == "__main__":
+    record = provenance({"peer": "sae-lens", "tokens": 30, "d_in": 12, "d_sae": 40}, seed=5, command="python tests/test_peers.py PYTHON")
     shutil.rmtree(SAMPLE, ignore_errors=True)
     prepare(SAMPLE)
     theirs(sys.argv[1], SAMPLE)
@@ -204,6 +205,5 @@ if __name__ == "__main__":
     worst = {f"{side}_{way}": {name.partition("/")[2]: value for name, value in found.items() if name.startswith(side)}
              for side, way in (("ours", "read_there"), ("theirs", "read_here"))} 
     worst |= {"training_forward": training, "checkpoints_read_here": check_checkpoints(CHECKPOINTS)}
-    record = provenance({"peer": "sae-lens", "tokens": 30, "d_in": 12, "d_sae": 40}, seed=5, command="python tests/test_peers.py PYTHON")
     write_json(HERE.parent / "data" / "results" / "saelens.json", {"largest_relative_difference": worst, "peer_versions": peer, "provenance": record})
     print(f"largest relative difference {max(value for part in worst.values() for value in part.values()):.1e}")
