@@ -181,7 +181,7 @@ def _facts(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         return {"imported from": f"files of {whose}", **{f"evaluation: {key}": value for key, value in (text | here if record else {}).items()}}
     return {"training tokens": record.get("tokens"), "seconds": record.get("seconds"), "seed": record.get("seed"), "learning rate": c.lr, **text, **here}
 
-
+# %% ../nbs/51_model_card.ipynb #0c385adc
 def card(
     run: Run,
     repo_id: str,  # OWNER/NAME

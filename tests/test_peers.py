@@ -203,7 +203,7 @@ if __name__ == "__main__":
     with safe_open(SAMPLE / "outputs.safetensors", "pt") as file:
         peer = file.metadata()
     worst = {f"{side}_{way}": {name.partition("/")[2]: value for name, value in found.items() if name.startswith(side)}
-             for side, way in (("ours", "read_there"), ("theirs", "read_here"))} 
+             for side, way in (("ours", "read_there"), ("theirs", "read_here"))}
     worst |= {"training_forward": training, "checkpoints_read_here": check_checkpoints(CHECKPOINTS)}
     write_json(HERE.parent / "data" / "results" / "saelens.json", {"largest_relative_difference": worst, "peer_versions": peer, "provenance": record})
     print(f"largest relative difference {max(value for part in worst.values() for value in part.values()):.1e}")
