@@ -47,9 +47,14 @@ test: lint check  ## what CI runs
 test-full: lint check  ## also what needs a browser, other packages or minutes
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
-# installs nothing, since a machine with a device may have no network: from .venv if there is one, else with the machine's own packages
+# installs nothing, since a machine with a device may have no network: from .venv or with the machine's own packages
 test-gpu:  ## what needs a CUDA device; fails where there is none
-	PYTHONPATH="$(CURDIR):$(PYTHONPATH)" $(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -m gpu tests/test_gpu.py $(ARGS)
+	@for python in $(BIN)/python $(PYTHON); do \
+	  if "$$python" -c 'import pytest, torch' >/dev/null 2>&1; then \
+	    PYTHONPATH="$(CURDIR):$(PYTHONPATH)" "$$python" -m pytest -m gpu tests/test_gpu.py $(ARGS); exit $$?; \
+	  fi; \
+	done; \
+	echo "no test ran: neither $(BIN)/python nor $(PYTHON) has torch and pytest, which the tests of a device need" >&2; exit 1
 
 faults: $(STAMP)  ## 200 kills at random moments, resumed and compared bit for bit, and 20 of compiled runs (data/results/faults.json)
 	OMP_NUM_THREADS=1 E2E_SAE_PROGRESS=0 $(BIN)/python tests/faults.py --compiled 20 $(ARGS)

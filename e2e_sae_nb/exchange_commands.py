@@ -63,7 +63,8 @@ def pull(
 def import_(
     path: Annotated[Path, typer.Argument(help="A folder in SAELens' format (or of such folders), or a run of e2e_sae (final_config.yaml and .pt files).")],
     out: Annotated[Path, typer.Option(help="The run folder to make.")],
-    dataset: Annotated[str | None, typer.Option(help="Text for evaluation and fine-tuning: docstrings, a file, folder, glob or Hub name; what the files name if not given.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Text for evaluation and fine-tuning: docstrings, a file, folder, "
+                                                "glob or Hub name; what the files name if not given.")] = None,
     set_: Overrides = None,
 ) -> None:
     "Make a run folder of other people's SAEs, for evaluate, finetune and features."
@@ -71,7 +72,8 @@ def import_(
     from e2e_sae_nb.saelens import import_e2e_sae, import_saelens, kind_of_import
 
     if kind_of_import(path) == "e2e_sae":
-        text = [] if dataset is None else [f"{side}.dataset_name={dataset}" for side in ("train_data", "eval_data")]
-        print(import_e2e_sae(path, out, [*text, *(set_ or ())]))
+        named = [] if dataset is None else [f"{side}.dataset_name={dataset}" for side in ("train_data", "eval_data")]
+        print(import_e2e_sae(path, out, [*named, *(set_ or ())]))
     else:
-        print(import_saelens(path, out, apply_overrides({} if dataset is None else {"train_data": {"dataset_name": dataset}}, set_ or ())))
+        text = {} if dataset is None else {"train_data": {"dataset_name": dataset}}
+        print(import_saelens(path, out, apply_overrides(text, set_ or ())))

@@ -44,11 +44,12 @@ def penalty_like_error(
     run: Run,
     subject: Subject,
 ) -> float:
-    "The sparsity coefficient at which a run's penalty equals its squared error, on the positions that count of a batch of its training text."
+    "The sparsity coefficient at which a run's penalty equals its squared error, on what counts of a batch of its text."
     loss = LossConfig(SparsityConfig(1.0, p_norm=run.config.loss.sparsity.p_norm), out_to_in=Coeff(1.0))
     tokens = next(data_for(run.config, subject, "train")).to(subject.device)
     saes = {name: sae.to(subject.device).train() for name, sae in run.saes.items()}  # in training, penalties of their own are computed
-    plan, keep = make_plan(subject, list(saes), loss, [sae.reads for sae in saes.values() if sae.reads]), keep_for(run.config, subject)(tokens)
+    plan = make_plan(subject, list(saes), loss, [sae.reads for sae in saes.values() if sae.reads])
+    keep = keep_for(run.config, subject)(tokens)
     with only_kept(saes, keep):
         terms = objective(subject, run_original(subject, tokens, plan), saes, loss, plan, keep).terms
     for sae in saes.values():

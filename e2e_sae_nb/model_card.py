@@ -165,10 +165,11 @@ def _history(run: Run) -> str:
 def _counting(run: Run) -> str:
     "What a reader of the numbers has to know: which positions are in them, and how several SAEs were put in."
     c = run.config
-    left = " and ".join(["the first position of each row"] * c.exclude_first_position + ["special tokens"] * c.exclude_special_tokens)
+    left = ["the first position of each row"] * c.exclude_first_position + ["special tokens"] * c.exclude_special_tokens
+    left = " and ".join(left)
     told = [f"{left[:1].upper()}{left[1:]} kept the original activation and are in no number."] * bool(left)
     if len(run.saes) > 1:
-        told.append("The numbers are those of all SAEs put in at once, each reading the stream that the earlier ones leave.")
+        told.append("The numbers are those of all SAEs put in at once, each reading what earlier ones leave.")
     return "".join(f"{sentence}\n" for sentence in told)
 
 
@@ -180,7 +181,7 @@ def _facts(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         return {"imported from": f"files of {whose}", **{f"evaluation: {key}": value for key, value in (text | here if record else {}).items()}}
     return {"training tokens": record.get("tokens"), "seconds": record.get("seconds"), "seed": record.get("seed"), "learning rate": c.lr, **text, **here}
 
-
+# %% ../nbs/51_model_card.ipynb #0c385adc
 def card(
     run: Run,
     repo_id: str,  # OWNER/NAME
@@ -192,7 +193,8 @@ def card(
     facts = portable(_facts(run, found.get("provenance", {})))
     return _CARD.format(
         metadata=yaml.safe_dump(metadata(run), sort_keys=False, allow_unicode=True), title=repo_id.rpartition("/")[2], architecture=c.saes.architecture,
-        model=c.tlens_model_name or Path(str(c.tlens_model_path)).name, places=", ".join(f"`{name}`" for name in run.saes), history=_history(run), counting=_counting(run),
+        model=c.tlens_model_name or Path(str(c.tlens_model_path)).name, places=", ".join(f"`{name}`" for name in run.saes), history=_history(run),
+        counting=_counting(run),
         results="".join(f"{part}\n\n" for part in (table, figure) if part), snippet=snippet(run, repo_id), repo_id=repo_id, place=next(iter(run.saes)),
         provenance="\n".join(f"| {key} | {_number(value)} |" for key, value in facts.items() if value not in (None, "")))
 

@@ -93,8 +93,8 @@ def export_saelens(
         loading = PROCESSED if c.processed_weights else RAW
         cfg, weights = to_saelens(sae, name, model_name=str(c.tlens_model_path or c.tlens_model_name), model_class_name="HookedTransformer",
                                   context_size=c.train_data.n_ctx, dataset_path=c.train_data.dataset_name, prepend_bos=c.train_data.add_bos,
-                                  seqpos_slice=[1, None] if c.exclude_first_position else [None], exclude_special_tokens=c.exclude_special_tokens,
-                                  sequence_separator_token="eos",
+                                  seqpos_slice=[1, None] if c.exclude_first_position else [None],
+                                  exclude_special_tokens=c.exclude_special_tokens, sequence_separator_token="eos",
                                   model_from_pretrained_kwargs=loading, e2e_sae_nb=run.summary.get("provenance", {}).get("config_hash"))
         if c.processed_weights and sae.reads is not None:
             cfg["metadata"]["hook_name"] = sae.reads.replace("mlp.hook_in", "ln2.hook_normalized")
@@ -124,10 +124,13 @@ def from_saelens(
     bias = w["b_gate" if kind == "gated" else "b_enc"]
     shift = torch.zeros_like(bias) if transcoder or not cfg.get("apply_b_dec_to_input", True) else w["b_dec"] @ w["W_enc"]
     state = {"W_enc": w["W_enc"] * norms, "b_enc": (bias - shift) * norms, "W_dec": w["W_dec"], "b_dec": w["b_dec"], "input_scale": torch.ones(())}
-    options: dict[str, Any] = {"reads": _place(_folded(cfg, metadata.get("hook_name"))), "d_out": w["W_dec"].shape[1]} if transcoder else {}
+    reads, options = _place(_folded(cfg, metadata.get("hook_name"))) if transcoder else None, {}
+    if transcoder:
+        options |= {"reads": reads, "d_out": w["W_dec"].shape[1]}
     if kind in ("jumprelu", *UNFINISHED):
-        threshold = w["threshold"] * norms if kind == "jumprelu" else _one_threshold(cfg, w["topk_threshold"], norms, factor)
-        state["log_threshold"] = threshold.clamp_min(torch.finfo(norms.dtype).tiny).log()  # a threshold of 0 stays a finite parameter
+        one = kind in UNFINISHED
+        theta = _one_threshold(cfg, w["topk_threshold"], norms, factor) if one else w["threshold"] * norms
+        state["log_threshold"] = theta.clamp_min(torch.finfo(norms.dtype).tiny).log()  # 0 stays a finite parameter
     elif kind == "gated":
         state |= {"r_mag": w["r_mag"], "b_mag": (w["b_mag"] - shift * w["r_mag"].exp()) * norms}
     elif kind == "topk":
@@ -136,10 +139,11 @@ def from_saelens(
     architecture = {"standard": "relu", **dict.fromkeys(UNFINISHED, "jumprelu")}.get(kind, kind)
     sae = new_sae(architecture, *w["W_enc"].shape, orthogonal=False, dtype=w["W_enc"].dtype, **options)
     sae.load_state_dict(state)
-    return _place(metadata.get("hook_name_out" if transcoder else "hook_name") or cfg.get("hook_name") or cfg.get("hook_point") or ""), sae.eval()
+    name = metadata.get("hook_name_out" if transcoder else "hook_name") or cfg.get("hook_name") or cfg.get("hook_point")
+    return _place(name or ""), sae.eval()
 
 # %% ../nbs/50_saelens.ipynb #69637d0f
-UNFINISHED = ("batchtopk", "matryoshka_batchtopk")  # only in checkpoints of a training: SAELens ends it by writing a jumprelu
+UNFINISHED = ("batchtopk", "matryoshka_batchtopk")  # in checkpoints; when a training ends SAELens writes a jumprelu
 KINDS = ("standard", "topk", "jumprelu", "gated", *UNFINISHED)
 
 
@@ -155,11 +159,13 @@ def _kind(cfg: Mapping[str, Any]) -> str:
     if kind not in KINDS:
         raise UserError(f"SAELens architecture {kind!r} cannot be read; {nearest(kind, KINDS)}")
     if function not in ("relu", "topk"):
-        raise UserError(f"this SAE's activation function is {function}, which has no counterpart here; relu and topk have")
+        raise UserError(f"this SAE's activation function is {function}, which has no counterpart here; "
+                        "relu and topk have")
     said = {**cfg, **(cfg.get("metadata") or {})}
     heads = [said.get(key) for key in ("hook_head_index", "hook_point_head_index", "hook_head_index_out")]
     if found := [head for head in heads if head is not None]:
-        raise UserError(f"this SAE reads head {found[0]} alone (hook_head_index), but the hook points here hold all heads together; it cannot be represented")
+        raise UserError(f"this SAE reads head {found[0]} alone (hook_head_index), but the hook points here hold all "
+                        "heads together; it cannot be represented")
     if said.get("model_class_name") == "HookedMamba":
         raise UserError("this SAE is for a Mamba model, which is no transformer and has no hook points here")
     return kind
@@ -170,29 +176,37 @@ def _factor(cfg: Mapping[str, Any], scaler: Mapping[str, Any] | None) -> float:
     mode = cfg.get("normalize_activations") or "none"
     mode = "expected_average_only_in" if mode is True else mode  # before SAELens 6
     if mode == "covariance_whitening":
-        raise UserError("this checkpoint's activations are whitened (normalize_activations: covariance_whitening), which SAELens puts into the weights when the training ends; "
-                        "import the final SAE")
+        raise UserError("this checkpoint's activations are whitened (normalize_activations: covariance_whitening), "
+                        "which SAELens puts into the weights when the training ends; import the final SAE")
     if mode not in ("none", "expected_average_only_in"):
-        raise UserError(f"SAELens normalises this SAE's inputs at run time (normalize_activations: {mode}), which has no counterpart here")
+        raise UserError(f"SAELens normalises this SAE's inputs at run time (normalize_activations: {mode}), "
+                        "which has no counterpart here")
     factor = scaler.get("scaling_factor") if isinstance(scaler, Mapping) else None
     if mode == "none" and factor is None:
         return 1.0
     if mode == "none":
-        raise UserError(f"activation_scaler.json gives the factor {factor}, but cfg.json says normalize_activations: none; one of the two belongs to another SAE")
+        raise UserError(f"activation_scaler.json gives the factor {factor}, but cfg.json says normalize_activations: "
+                        "none; one of the two belongs to another SAE")
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
-        raise UserError("this SAE's weights may be in units of scaled activations (normalize_activations: expected_average_only_in), and activation_scaler.json, which SAELens "
-                        'writes beside a checkpoint, is not there or holds no factor; add it ({"scaling_factor": NUMBER}), or set normalize_activations to none if the weights are folded')
+        raise UserError("this SAE's weights may be in units of scaled activations (normalize_activations: "
+                        "expected_average_only_in), and activation_scaler.json, which SAELens writes beside a checkpoint, "
+                        'is not there or holds no factor; add it ({"scaling_factor": NUMBER}), or set '
+                        "normalize_activations to none if the weights are folded")
     if cfg.get("architecture") in TRANSCODERS.values():
-        raise UserError("SAELens does not scale a transcoder's output back, so one with activations scaled in training (activation_scaler.json) has no counterpart here")
+        raise UserError("SAELens does not scale a transcoder's output back, so one with activations scaled in training "
+                        "(activation_scaler.json) has no counterpart here")
     return float(factor)
 
 
 def _one_threshold(cfg: Mapping[str, Any], threshold: Tensor, norms: Tensor, factor: float) -> Tensor:
-    "A BatchTopK's threshold in units of unit rows, whose norms with the factor are given: compared there with pre-activations times the norms, or without."
-    return (threshold / factor).expand(len(norms)) if cfg.get("rescale_acts_by_decoder_norm") else threshold * norms
+    "A BatchTopK's threshold in units of unit rows, given the rows' norms with the factor folded in."
+    if cfg.get("rescale_acts_by_decoder_norm"):  # compared there with pre-activations times the norms
+        return (threshold / factor).expand(len(norms))
+    return threshold * norms
 
 # %% ../nbs/50_saelens.ipynb #2ae870a8
-PLACES = ("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "mlp.hook_in", "mlp.hook_post", "hook_mlp_out", "hook_resid_post")  # of a block
+PLACES = ("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "mlp.hook_in", "mlp.hook_post",
+          "hook_mlp_out", "hook_resid_post")  # of a block
 
 
 def _place(name: Any) -> Any:
@@ -209,9 +223,11 @@ def check_place(
     known = [f"blocks.{block[1] if block else 0}.{place}" for place in PLACES]
     if name in known:
         return
-    part, stands = block[2] if block else "", {"mlp": 6, "self_attn": 2, "attn": 2, "attention": 2, "hook_mlp_in": 3, "ln2.hook_normalized": 4}
-    near = known[stands[part]] if part in stands else None
-    raise UserError(f"SAELens places this SAE at {name!r}, which is no hook point here; {f'did you mean {near!r}?' if near else nearest(name, known)} "
+    alike = {"mlp": "hook_mlp_out", **dict.fromkeys(("self_attn", "attn", "attention"), "hook_attn_out"),
+             "hook_mlp_in": "hook_resid_mid", "ln2.hook_normalized": "mlp.hook_in"}
+    near = alike.get(block[2] if block else "")
+    advice = f"did you mean 'blocks.{block[1]}.{near}'?" if block and near else nearest(name, known)
+    raise UserError(f"SAELens places this SAE at {name!r}, which is no hook point here; {advice} "
                     "(if what it reads is one of these, write that name into cfg.json)")
 
 # %% ../nbs/50_saelens.ipynb #b94d5e07
@@ -219,7 +235,8 @@ def _tensors(kind: str, transcoder: bool, cfg: Mapping[str, Any], weights: Mappi
     "The tensors that an SAE of this kind needs, at least in float32, if they fit together."
     if kind == "jumprelu" and "threshold" not in weights and "log_threshold" in weights:  # older checkpoints
         weights = {**weights, "threshold": weights["log_threshold"].exp()}
-    further = {"gated": {"b_gate", "b_mag", "r_mag"}, "jumprelu": {"b_enc", "threshold"}, **dict.fromkeys(UNFINISHED, {"b_enc", "topk_threshold"})}
+    further = {"gated": {"b_gate", "b_mag", "r_mag"}, "jumprelu": {"b_enc", "threshold"},
+               **dict.fromkeys(UNFINISHED, {"b_enc", "topk_threshold"})}
     needed = {"W_enc", "W_dec", "b_dec"} | further.get(kind, {"b_enc"})
     if missing := needed - set(weights):
         raise UserError(f"a {kind} SAE of SAELens has {', '.join(sorted(needed))}; {', '.join(sorted(missing))} missing")
@@ -227,7 +244,8 @@ def _tensors(kind: str, transcoder: bool, cfg: Mapping[str, Any], weights: Mappi
     d_sae, d_out = cfg.get("d_sae", tall[0] if tall else 0), cfg.get("d_out" if transcoder else "d_in", tall[-1] if tall else 0)
     d_in = cfg.get("d_in", wide[0] if wide else 0) if transcoder else d_out
     for name in sorted(needed):
-        value, wanted = weights[name], {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "topk_threshold": ()}.get(name, (d_sae,))
+        shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "topk_threshold": ()}
+        value, wanted = weights[name], shapes.get(name, (d_sae,))
         if tuple(value.shape) != wanted or 0 in wanted or not value.is_floating_point():
             raise UserError(f"{name} should hold real numbers, {list(wanted)}, but is {str(value.dtype).removeprefix('torch.')} {list(value.shape)} "
                             f"(W_enc is [d_in, d_sae], W_dec [d_sae, d_out]; d_in {d_in}, d_sae {d_sae}, d_out {d_out})")
@@ -268,9 +286,9 @@ def load_saelens(
             weights = load_file(each / "sae_weights.safetensors")
         except (SafetensorError, OSError, json.JSONDecodeError) as error:
             raise UserError(f"{each / 'sae_weights.safetensors'} cannot be read ({error})") from None
-        scaler = each / "activation_scaler.json"
         try:
-            name, sae = from_saelens(read_json(each / "cfg.json"), weights, read_json(scaler) if scaler.is_file() else None)
+            scaler = read_json(path) if (path := each / "activation_scaler.json").is_file() else None
+            name, sae = from_saelens(read_json(each / "cfg.json"), weights, scaler)
         except UserError as error:
             raise UserError(f"{each}: {error}") from None
         if not isinstance(name, str) or not name or name in saes:
@@ -293,7 +311,8 @@ def network_of(
     if processed is None and on and len(on) < len(PROCESSED):
         raise UserError(f"this SAE's network has {', '.join(on)} but not {', '.join(key for key in PROCESSED if key not in on)}, and here they are on or off together; "
                         "say with processed_weights: true or false which fits (at the residual stream: true if center_writing_weights is among those it has)")
-    data = {"add_bos": said.get("prepend_bos", None if "metadata" in cfg else True), "n_ctx": said.get("context_size"), "dataset_name": said.get("dataset_path") or None}
+    data = {"add_bos": said.get("prepend_bos", None if "metadata" in cfg else True), "n_ctx": said.get("context_size"),
+            "dataset_name": said.get("dataset_path") or None}
     return {"tlens_model_name": said.get("model_name"), "processed_weights": bool(on) if processed is None else processed,
             "exclude_first_position": _without_first(said) if first is None else first,
             "exclude_special_tokens": _without_special(said) if special is None else special,
@@ -305,26 +324,27 @@ def _without_first(said: Mapping[str, Any]) -> bool:
     part, n = said.get("seqpos_slice"), said.get("context_size") or 2**20
     if part is None:
         return False
-    whole = isinstance(part, (list, tuple)) and 0 < len(part) <= 3 and all(value is None or isinstance(value, int) for value in part)
-    kept = range(n)[slice(*part)] if whole and part[2:] != [0] else None
+    whole = isinstance(part, (list, tuple)) and 0 < len(part) <= 3 and all(isinstance(i, int | None) for i in part)
+    kept = range(n)[slice(*part)] if whole and tuple(part[2:]) != (0,) else None
     if kept not in (range(n), range(1, n)):
-        raise UserError(f"this SAE was trained on the positions {part} of each row (seqpos_slice), and here all count or all but the first; say which of the two "
-                        "fits better with exclude_first_position: true or false")
+        raise UserError(f"this SAE was trained on the positions {part} of each row (seqpos_slice), and here all count or "
+                        "all but the first; say which of the two fits better with exclude_first_position: true or false")
     return kept == range(1, n)
 
 
 def _without_special(said: Mapping[str, Any]) -> bool:
     value = said.get("exclude_special_tokens") or False  # an empty list excludes nothing
     if not isinstance(value, bool):
-        raise UserError(f"this SAE was trained without the tokens {value} (exclude_special_tokens), and here all special tokens of the tokenizer are excluded or none; "
-                        "say which of the two fits better with exclude_special_tokens: true or false")
+        raise UserError(f"this SAE was trained without the tokens {value} (exclude_special_tokens), and here all "
+                        "special tokens of the tokenizer are excluded or none; say which of the two fits better with "
+                        "exclude_special_tokens: true or false")
     return value
 
 # %% ../nbs/50_saelens.ipynb #d7760faf
 def import_saelens(
     folder: str | Path,  # As for `load_saelens`
     out: str | Path,  # The run folder; must not exist
-    values: Mapping[str, Any],  # Keys of a run's configuration, for what the files do not say (train_data, tlens_model_name) or say otherwise
+    values: Mapping[str, Any],  # Keys of a run's configuration, for what the files do not say or say otherwise
 ) -> Path:
     "Make a run folder of SAEs in SAELens' format."
     saes = load_saelens(folder)
@@ -341,7 +361,9 @@ def import_saelens(
     if known["tlens_model_name"] is None or "tlens_model_path" in values:
         known.pop("tlens_model_name")
     text = known.pop("train_data")
-    sides = {side: text | (values.get(side) or {}) for side in ("train_data", "eval_data") if side == "train_data" or values.get(side) is not None}
+    sides = {"train_data": text | (values.get("train_data") or {})}
+    if values.get("eval_data") is not None:
+        sides["eval_data"] = text | values["eval_data"]
     if "dataset_name" not in sides["train_data"]:
         raise UserError(f"the files in {folder} name no text that could be evaluated on; give --dataset")
     inputs = {} if sae.reads is None else {"input_positions": [each.reads for each in saes.values()]}
@@ -389,7 +411,7 @@ def kind_of_import(
         raise UserError(f"{path} is this project's already; evaluate, finetune and features take a run folder as it is")
     if (path / "final_config.yaml").is_file():
         return "e2e_sae"
-    if any(path.glob("*.pt")) and not (path / "cfg.json").is_file():  # SAELens keeps a trainer's state beside a checkpoint
+    if any(path.glob("*.pt")) and not (path / "cfg.json").is_file():  # a checkpoint of SAELens has trainer_state.pt
         raise UserError(f"{path} holds .pt files but no final_config.yaml, which says on which network and text they were trained; put the run's beside them, or "
                         "begin a run of your own with saes.pretrained_sae_paths")
     saelens_folders(path)

@@ -169,7 +169,7 @@ def begin(
             restore_blocks(subject)  # an earlier run on the same subject may have compiled them
         if config.prefetch and (subject.device.type == "cuda" or config.train_data.streaming):
             stream = Prefetch(stream, subject.device, config.prefetch)
-    saes = initial_saes(config, subject, names) if checkpoint is None else saved_saes(checkpoint, config, subject, names)
+    saes = saved_saes(checkpoint, config, subject, names) if checkpoint else initial_saes(config, subject, names)
     optimizer = SAEAdam(trainable(saes.values()), config.lr, config.adam_betas)
     window = ActivationWindow(config.collect_act_frequency_every_n_samples, config.act_frequency_n_tokens)
     return Training(config, subject, saes, plan, optimizer, stream, window, SparsityControl(config.loss.sparsity),
@@ -230,25 +230,26 @@ def saved_saes(
     "The SAEs of a checkpoint, if the configuration and the network ask for such."
     saes, cfg = load_saes(folder, dtype=torch.promote_types(subject.dtype, torch.float32)), read_cfg(folder)
     inputs = paired_inputs(subject, names, config.saes.input_positions)
-    if set(saes) != set(names) or not all(_is_wanted(sae, name, inputs.get(name), config, subject) for name, sae in saes.items()):
-        raise UserError(f"{folder} holds other SAEs than {folder.parent.parent / 'config.yaml'} and its network ask for; "
-                        "put back the configuration the run was begun with")
+    wanted = (_is_wanted(sae, name, inputs.get(name), config, subject) for name, sae in saes.items())
+    if set(saes) != set(names) or not all(wanted):
+        raise UserError(f"{folder} holds other SAEs than {folder.parent.parent / 'config.yaml'} and its network ask "
+                        "for; put back the configuration the run was begun with")
     frozen = _frozen(folder, cfg, config, names)
     saes = {name: saes[name].requires_grad_(name not in frozen).train(name not in frozen) for name in names}
     return {name: cut_sae(sae).to(subject.device) for name, sae in saes.items()}
 
 # %% ../nbs/12a_state.ipynb #0bb3ddca
 def _is_wanted(sae: SAE, name: str, source: str | None, config: RunConfig, subject: Subject) -> bool:
-    "Whether a saved SAE is one that the configuration would make; from files of pretrained SAEs come other kinds and sizes."
+    "Whether a saved SAE is one that the configuration would make; pretrained files may hold other kinds and sizes."
     widths = find_point(subject, source or name).width, find_point(subject, name).width
     if sae.reads != source or (sae.d_in, sae.d_out) != widths:
         return False
     if config.saes.pretrained_sae_paths:
         return True
-    wanted = {key: value for key in OPTIONS.get(config.saes.architecture, ()) if (value := getattr(config.saes, key)) is not None}
-    has = sae.options()
-    return (sae.architecture, sae.d_sae) == (config.saes.architecture, round(config.saes.dict_size_to_input_ratio * sae.d_in)) \
-        and all(has[key] == value for key, value in wanted.items() if key in has)
+    c, has = config.saes, sae.options()
+    wanted = {key: getattr(c, key) for key in OPTIONS.get(c.architecture, ()) if key in has}
+    alike = all(value in (None, has[key]) for key, value in wanted.items())  # None: chosen when the SAE was made
+    return alike and (sae.architecture, sae.d_sae) == (c.architecture, round(c.dict_size_to_input_ratio * sae.d_in))
 
 # %% ../nbs/12a_state.ipynb #54165451
 def _frozen(folder: Path, cfg: Mapping[str, Any], config: RunConfig, names: list[str]) -> set[str]:
@@ -260,7 +261,8 @@ def _frozen(folder: Path, cfg: Mapping[str, Any], config: RunConfig, names: list
     try:
         return set(load_pretrained_at(config.saes.pretrained_sae_paths, names))
     except UserError as error:
-        raise UserError(f"{folder} was written by a version that did not note which SAEs are frozen, so pretrained_sae_paths is needed: {error}") from None
+        raise UserError(f"{folder} was written by a version that did not note which SAEs are frozen, so "
+                        f"pretrained_sae_paths is needed: {error}") from None
 
 # %% ../nbs/12a_state.ipynb #4779455e
 def save(t: Training) -> Path | None:  # The checkpoint's folder

@@ -59,7 +59,8 @@ class SuiteSAE(nn.Module):
                  prepend_bos: bool = False, exclude_first_position: bool = False):
         super().__init__()
         if sae.reads is not None:
-            raise UserError(f"the suites compare an SAE's output with its input, but this transcoder reads {sae.reads} and writes {hook_name}")
+            raise UserError(f"the suites compare an SAE's output with its input, but this transcoder reads {sae.reads} "
+                            f"and writes {hook_name}")
         if not (hook_name.startswith("blocks.") and hook_name.split(".")[1].isdigit()):
             raise UserError(f"the suites find a layer in the hook's name, as in blocks.6.hook_resid_pre; got {hook_name!r}")
         self.sae = new_sae(sae.architecture, sae.d_in, sae.d_sae, orthogonal=False, dtype=sae.W_enc.dtype, **sae.options()).to(sae.W_enc.device)
@@ -67,8 +68,8 @@ class SuiteSAE(nn.Module):
         fold_input_scale(self.sae)
         self.eval().requires_grad_(False)
         self.cfg = SuiteConfig(model_name, sae.d_in, sae.d_sae, int(hook_name.split(".")[1]), hook_name, sae.architecture, str(self.dtype).removeprefix("torch."),
-                               str(self.device), context_size=context_size, dataset_path=dataset_path, prepend_bos=prepend_bos,
-                               seqpos_slice=(1, None) if exclude_first_position else (None,))
+                               str(self.device), context_size=context_size, dataset_path=dataset_path,
+                               prepend_bos=prepend_bos, seqpos_slice=(1, None) if exclude_first_position else (None,))
 
     W_enc = property(lambda self: self.sae.W_enc)
     W_dec = property(lambda self: self.sae.dictionary)

@@ -22,7 +22,7 @@ from .architectures import observe, only_kept, trainable
 from .checkpoint import checkpoints
 from .config import to_dict
 from .core import Stopwatch, UserError, peak_memory_bytes, provenance, say, write_json
-from .data import TokenStream, own_splits
+from .data import TokenStream, own_splits, special_token_ids
 from .devices import LostProcess, add, add_gradients, add_numbers, batch_mean, dividing, divides, my_rows, once, rank, world, writes
 from .evaluation import EvalResult, evaluate_many
 from .live import watch
@@ -238,7 +238,8 @@ def held_out(
     except UserError as error:
         if config.eval_data is not None or own_splits(config.train_data) is not None:
             raise
-        raise UserError(f"{error}. The held-out tokens of this configuration are a share of train_data, so evaluation needs {config.train_data.dataset_name}, too") from None
+        raise UserError(f"{error}. The held-out tokens of this configuration are a share of train_data, so evaluation "
+                        f"needs {config.train_data.dataset_name}, too") from None
 
 
 def _first_samples(stream: TokenStream, n: int | None):
@@ -288,18 +289,23 @@ def evaluate(
     settle_threads()
     run = run if isinstance(run, Run) else load_run(run)
     config, clock = replace(run.config, eval_n_samples=n_samples or run.config.eval_n_samples), Stopwatch()
-    ways = {"evaluation": (config.exclude_first_position, config.exclude_special_tokens), "all_positions": (False, False),
-            "without_first_position_and_special_tokens": (True, True)}
     with dividing("latents" if config.saes.sharded else "batch"):
         subject = subject or subject_for(config)
         check_places(subject, run.saes)
-        saes, batches = {name: cut_sae(sae).to(subject.device) for name, sae in run.saes.items()}, held_out(config, subject)
-        found = {way: evaluate_held_out(subject, [saes], replace(config, exclude_first_position=way[0], exclude_special_tokens=way[1]), batches)[0]
-                 for way in dict.fromkeys(ways.values())}
+        special = bool(special_token_ids(subject.tokenizer))
+        ways = {"evaluation": (config.exclude_first_position, config.exclude_special_tokens), "all_positions": (False, False),
+                "without_first_position" + "_and_special_tokens" * special: (True, special)}
+        saes = {name: cut_sae(sae).to(subject.device) for name, sae in run.saes.items()}
+        batches, found = held_out(config, subject), {}
+        for first, specials in dict.fromkeys(ways.values()):
+            counting = replace(config, exclude_first_position=first, exclude_special_tokens=specials)
+            found[first, specials] = evaluate_held_out(subject, [saes], counting, batches)[0]
     result = found[ways["evaluation"]]
     if (path := run.path) is not None:
-        record = provenance(to_dict(run.config), seed=config.seed, tokens=result.tokens, seconds=float(clock), device=subject.device)
-        once(lambda: write_json(path / "evaluation.json", {key: found[way].to_dict() for key, way in ways.items()} | {"provenance": record}))
+        record = provenance(to_dict(run.config), seed=config.seed, tokens=result.tokens, seconds=float(clock),
+                            device=subject.device)
+        values = {key: found[way].to_dict() for key, way in ways.items()} | {"provenance": record}
+        once(lambda: write_json(path / "evaluation.json", values))
     return result
 
 # %% ../nbs/13_train.ipynb #e1e38c81
@@ -307,9 +313,10 @@ def check_places(
     subject: Subject,
     saes: Mapping[str, SAE],
 ) -> None:
-    "Refuse SAEs for which a network has no place, or one of another width; and a network that cannot be run on from there."
+    "Refuse SAEs for which a network has no place, or one of another width; and a network that cannot be run on there."
     for name, sae in saes.items():
         for place, width in ((sae.reads or name, sae.d_in), (name, sae.d_out)):
             if (here := find_point(subject, place).width) not in (width, 0):  # 0: not known from the architecture
-                raise UserError(f"the SAE at {name} was made for a width of {width}, but {subject.name} has {here} at {place}; was it trained on another network?")
+                raise UserError(f"the SAE at {name} was made for a width of {width}, but {subject.name} has {here} at "
+                                f"{place}; was it trained on another network?")
     check_replay(subject)

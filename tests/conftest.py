@@ -27,3 +27,19 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+RAN: set[str] = set()  # tests whose body ran to some end
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and (not report.skipped or hasattr(report, "wasxfail")):
+        RAN.add(report.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    "A session in which no test ran, because all were skipped, does not pass: as if none had been found."
+    asks = session.config.option.collectonly or hasattr(session.config, "workerinput")
+    if exitstatus == 0 and not RAN and not asks:
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED

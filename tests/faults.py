@@ -139,6 +139,9 @@ class Suite:
         clock = Stopwatch()
         process = start(self.words(kind, False), folder)
         while not any((run / "checkpoints").exists() for run in self.runs(kind, folder)):
+            if ended(process) is not None:
+                said = (folder / "output.txt").read_text()[-2000:]
+                raise SystemExit(f"the run that was to be left alone ended before its first checkpoint: {said}")
             time.sleep(0.001)
         self.begin = float(clock)
         _, status = os.waitpid(process, 0)
@@ -229,6 +232,16 @@ def faults(kills: int = 200, seed: int = 0, kinds: tuple[str, ...] = ("train", "
     return suite.counts
 
 
+def complaint(counts: dict[str, int], kills: int) -> str | None:
+    "What is wrong with these counts; None: so many kills, and nothing lost."
+    lost = {key: n for key in ("corrupt_checkpoints", "failed_resumes", "differing_results") if (n := counts[key])}
+    if lost:
+        return "something was lost: " + ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in lost.items())
+    few = min(counts["kills"], counts["resumes"]) < max(1, kills) or not counts["finished_runs"]
+    seen = ", ".join(f"{counts[key]} {key.replace('_', ' ')}" for key in ("kills", "resumes", "finished_runs"))
+    return f"nothing was shown: {seen}" if few else None
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
@@ -237,8 +250,11 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "faults.json")
     asked = parser.parse_args()
     clock = Stopwatch()
-    result: dict[str, object] = {"eager": faults(asked.kills, asked.seed)}
+    result = {"eager": faults(asked.kills, asked.seed)}
     if asked.compiled:
         result["compiled"] = faults(asked.compiled, asked.seed, ("train",), compiled=True)
     settings = {"kills": asked.kills, "compiled": asked.compiled, "config": CONFIG, "loss": LOSS, "frontier": FRONTIER}
     write_json(asked.out, result | {"provenance": provenance(settings, seed=asked.seed, seconds=float(clock), command="make faults")})
+    wished = {"eager": asked.kills, "compiled": asked.compiled}
+    wrong = [f"{name}: {said}" for name, counts in result.items() if (said := complaint(counts, wished[name]))]
+    sys.exit("; ".join(wrong) or None)

@@ -112,7 +112,8 @@ def check_training(python: str, folder: Path) -> dict[str, float]:
     return worst
 
 
-EXCLUDED = {"none": (False, False), "first": (True, False), "special": (False, True), "both": (True, True)}  # first position, special tokens
+# first position, special tokens
+EXCLUDED = {"none": (False, False), "first": (True, False), "special": (False, True), "both": (True, True)}
 
 
 def prepare_checkpoints(folder: Path) -> None:
@@ -121,14 +122,15 @@ def prepare_checkpoints(folder: Path) -> None:
     save_file({"x": 3 * torch.randn(30, 12, generator=torch.Generator().manual_seed(0))}, folder / "x.safetensors")
     for name, (first, special) in EXCLUDED.items():
         config = RunConfig.from_dict({
-            "tlens_model_name": "tiny", "lr": 1e-3, "batch_size": 8, "n_samples": 8, "loss": {"sparsity": {"coeff": 1.0}, "out_to_in": {"coeff": 1.0}},
+            "tlens_model_name": "tiny", "lr": 1e-3, "batch_size": 8, "n_samples": 8,
+            "loss": {"sparsity": {"coeff": 1.0}, "out_to_in": {"coeff": 1.0}},
             "saes": {"sae_positions": PLACE}, "train_data": {"dataset_name": "text.jsonl", "n_ctx": 8, "add_bos": True},
             "exclude_first_position": first, "exclude_special_tokens": special})
         export_saelens(Run(None, config, {PLACE: made("relu")}), folder / "ours" / name)
 
 
 def check_checkpoints(folder: Path) -> dict[str, float]:
-    "Checkpoints from the middle of a training, read here, against the SAEs that sae-lens made of them; and who excludes which positions."
+    "Checkpoints of unfinished trainings, read here, against what sae-lens made of them; and who excludes which positions."
     x, theirs, worst = load_file(folder / "x.safetensors")["x"], load_file(folder / "checkpoints.safetensors"), {}
     for path in sorted((folder / "checkpoints").glob("*/cfg.json")):
         name, cfg = path.parent.name, json.loads(path.read_text())
@@ -136,25 +138,30 @@ def check_checkpoints(folder: Path) -> dict[str, float]:
         assert place == "blocks.1.hook_resid_post" and (theirs[f"{name}.code"] > 0).any()
         assert (cfg["normalize_activations"] == "none") == (name == "unscaled")
         network = network_of(cfg)
-        assert network["exclude_first_position"] and network["exclude_special_tokens"] and network["train_data"]["n_ctx"] == 16
+        assert network["exclude_first_position"] and network["exclude_special_tokens"]
+        assert network["train_data"]["n_ctx"] == 16
         with torch.no_grad():
-            pairs = (sae.encode(x), theirs[f"{name}.code"] * theirs[f"{name}.norms"]), (sae(x).output, theirs[f"{name}.output"])
+            code = theirs[f"{name}.code"] * theirs[f"{name}.norms"]
+            pairs = (sae.encode(x), code), (sae(x).output, theirs[f"{name}.output"])
         worst[name] = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
     positions = json.loads((folder / "positions.json").read_text())
-    assert positions == {name: [list(range(int(first), 8)), special, True] for name, (first, special) in EXCLUDED.items()}
+    expected = {name: [list(range(int(first), 8)), special, True] for name, (first, special) in EXCLUDED.items()}
+    assert positions == expected
     return worst
 
 
 def their_checkpoints(python: str, folder: Path) -> None:
     prepare_checkpoints(folder)
-    done = subprocess.run([python, str(HERE / "peers" / "saelens_checkpoint_side.py"), str(folder)], capture_output=True, text=True, timeout=600)
+    side = str(HERE / "peers" / "saelens_checkpoint_side.py")
+    done = subprocess.run([python, side, str(folder)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_stored_checkpoints():
     "Nine that the real package wrote before it folded the activations' factor into them."
     found = check_checkpoints(CHECKPOINTS)
-    assert set(found) == {"standard", "standard_b_dec", "topk", "jumprelu", "gated", "batchtopk", "batchtopk_plain", "matryoshka_batchtopk", "unscaled"}
+    assert set(found) == {"standard", "standard_b_dec", "topk", "jumprelu", "gated", "batchtopk", "batchtopk_plain",
+                          "matryoshka_batchtopk", "unscaled"}
     assert max(found.values()) < 1e-6
 
 
@@ -181,20 +188,22 @@ def test_real_package(tmp_path):
 
 
 if __name__ == "__main__":
+    record = provenance({"peer": "sae-lens", "tokens": 30, "d_in": 12, "d_sae": 40}, seed=5, command="python tests/test_peers.py PYTHON")
     shutil.rmtree(SAMPLE, ignore_errors=True)
     prepare(SAMPLE)
     theirs(sys.argv[1], SAMPLE)
     found = check(SAMPLE)
     shutil.rmtree(CHECKPOINTS, ignore_errors=True)
     their_checkpoints(sys.argv[1], CHECKPOINTS)
-    for left in (CHECKPOINTS / "final", CHECKPOINTS / "ours", *CHECKPOINTS.glob("*/*/trainer_state.pt"), *CHECKPOINTS.glob("*/*/sparsity.safetensors")):
+    states = [*CHECKPOINTS.glob("*/*/trainer_state.pt"), *CHECKPOINTS.glob("*/*/sparsity.safetensors")]
+    for left in (CHECKPOINTS / "final", CHECKPOINTS / "ours", *states):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     with tempfile.TemporaryDirectory() as folder:
         training = check_training(sys.argv[1], Path(folder))
     with safe_open(SAMPLE / "outputs.safetensors", "pt") as file:
         peer = file.metadata()
     worst = {f"{side}_{way}": {name.partition("/")[2]: value for name, value in found.items() if name.startswith(side)}
-             for side, way in (("ours", "read_there"), ("theirs", "read_here"))} | {"training_forward": training, "checkpoints_read_here": check_checkpoints(CHECKPOINTS)}
-    record = provenance({"peer": "sae-lens", "tokens": 30, "d_in": 12, "d_sae": 40}, seed=5, command="python tests/test_peers.py PYTHON")
+             for side, way in (("ours", "read_there"), ("theirs", "read_here"))}
+    worst |= {"training_forward": training, "checkpoints_read_here": check_checkpoints(CHECKPOINTS)}
     write_json(HERE.parent / "data" / "results" / "saelens.json", {"largest_relative_difference": worst, "peer_versions": peer, "provenance": record})
     print(f"largest relative difference {max(value for part in worst.values() for value in part.values()):.1e}")
