@@ -103,7 +103,7 @@ def measure_speed(
 def _silence(sae: SAE, x: Float[Tensor, "tokens d"], share: float = 0.01) -> None:
     "Lower the encoder's biases until this share of its latents is active."
     pre = (x.to(sae.W_enc.dtype) * sae.input_scale) @ sae.W_enc + sae.b_enc
-    sae.b_enc -= pre.flatten().kthvalue(max(1, round((1 - share) * pre.numel()))).values
+    sae.b_enc.sub_(pre.flatten().kthvalue(max(1, round((1 - share) * pre.numel()))).values)
 
 # %% ../nbs/16_demo.ipynb #62b3cd99
 MIN_STEPS = 100  # below, the SAEs have hardly begun to learn

@@ -229,13 +229,14 @@ def test_a_signal_prints_what_there_is(number, tmp_path):
     (tmp_path / "demo.json").write_text(json.dumps(tiny(tmp_path)))
     process = subprocess.Popen([sys.executable, "-c", LONG, str(tmp_path / "demo.json"), str(tmp_path / "out")], stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"E2E_SAE_PROGRESS": "1"})
-    said = []
-    for line in process.stderr:
+    said, shown = [], process.stderr
+    assert shown is not None
+    for line in shown:
         said.append(line)
         if "provisional" in line:
             process.send_signal(number)
             break
-    rest = process.stderr.read()
+    rest = shown.read()
     process.wait()
     said = "".join(said) + rest
     assert "Traceback" not in said, said
@@ -305,6 +306,6 @@ def test_apple_is_never_asked_for_float64(monkeypatch):
         def cpu(self):
             return torch.ones(2)
 
-    assert wide(OnApple()).dtype == torch.float64
+    assert wide(OnApple()).dtype == torch.float64  # type: ignore[arg-type]
 
 
