@@ -89,14 +89,15 @@ def measure_speed(
     step = lambda: frontier_step(trainings, plan, config.share_logits)
     seconds(step)  # warms up
     dense = seconds(step)
+    times = 1 if dense > 5 else 2  # on a slow machine, measuring should not take minutes
     tokens = next(trainings[0].stream).to(subject.device)
     seen = original_pass(subject, tokens, places(trainings[0].saes), stop=True).activations
     for t in trainings:
         for name, sae in t.saes.items():
             _silence(sae, seen[sae.reads or name].flatten(0, 1))
-    sparse = min(seconds(step) for _ in range(2))
+    sparse = min(seconds(step) for _ in range(times))
     one = [replace(t, config=replace(t.config, eval_n_samples=batch)) for t in trainings]
-    return Speed(max(dense, sparse), sparse, min(seconds(lambda: evaluate_trainings(one)) for _ in range(2)) / batch)
+    return Speed(max(dense, sparse), sparse, min(seconds(lambda: evaluate_trainings(one)) for _ in range(times)) / batch)
 
 # %% ../nbs/16_demo.ipynb #62b3cd98
 @torch.no_grad()
@@ -265,6 +266,7 @@ def settle_plan(
         plan = from_dict(DemoPlan, {key: record[key] for key in (f.name for f in fields(DemoPlan))})
         say(f"going on with {plan.n_samples * n_ctx:,} tokens per SAE, as planned at first", always=True)
         return planned(config, plan)
+    say("measuring how fast this machine is, on a few steps that are thrown away")
     with dividing("saes"):
         here = measure_speed(config, subject)
     speed = on_first(lambda: here)
