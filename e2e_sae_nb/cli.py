@@ -28,8 +28,10 @@ app = typer.Typer(name="e2e-sae", no_args_is_help=True, add_completion=False, pr
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report and the runs.")] = Path("out/demo"),
+    minutes: Annotated[float | None, typer.Option(help="How long it may take, evaluation included; 6 if not given.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in that folder, as it was planned.")] = False,
 ) -> None:
-    "Compare local, e2e and e2e+ds SAEs on the embedded model, offline."
+    "Compare local, e2e and e2e+ds SAEs on the embedded model, offline, in the minutes given."
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -37,7 +39,7 @@ def demo(
     from e2e_sae_nb.demonstration import demo as run_demo
     from e2e_sae_nb.demonstration import markdown_table, ratio_sentences
 
-    run_demo(out)
+    run_demo(out, minutes=minutes, resume=resume)
     summary, console = read_json(out / "summary.json"), Console()
     console.print(Markdown(markdown_table(summary["runs"])))
     for sentence in ratio_sentences(summary):

@@ -128,6 +128,7 @@ def frontier(
     *,
     subject: Subject | None = None,  # Loaded by name if not given
     on_finish: Callable[[Run], None] | None = None,  # Called with each finished run
+    on_step: Callable[[Pass], None] | None = None,  # Called after every optimizer step
     resume: bool = False,  # Go on with what an interrupted pass left in save_dir; begin if it left nothing
 ) -> Frontier:
     "Train many SAEs in one pass over the data."
@@ -146,11 +147,11 @@ def frontier(
             held.enter_context(writing(t))
         held.enter_context(advice_on_memory(state.trainings))
         try:
-            return _run(configs, state, on_finish)
+            return _run(configs, state, on_finish, on_step)
         except LostProcess as error:
             raise LostProcess(f"{error}; go on from the last common checkpoint, if there is one, with --resume") from None
 
-
+# %% ../nbs/14_frontier.ipynb #17804245
 def _set_out(configs: Sequence[RunConfig], subject: Subject) -> Pass:
     "A fresh pass whose members share what was settled by measurement, and its record."
     settled, facts = settle(configs, subject)
@@ -159,12 +160,13 @@ def _set_out(configs: Sequence[RunConfig], subject: Subject) -> Pass:
         t.computing = facts
     return state
 
-
+# %% ../nbs/14_frontier.ipynb #17804246
 def _lock(folder: Path, held: contextlib.ExitStack) -> None:
     held.enter_context(locked(folder))  # two passes would overwrite each other's record
 
 # %% ../nbs/14_frontier.ipynb #45ae16f7
-def _run(configs: FrontierConfig | Sequence[RunConfig], state: Pass, on_finish: Callable[[Run], None] | None) -> Frontier:
+def _run(configs: FrontierConfig | Sequence[RunConfig], state: Pass, on_finish: Callable[[Run], None] | None,
+         on_step: Callable[[Pass], None] | None = None) -> Frontier:
     base = state.trainings[0].config
     logs = [open_log(t, show=i == 0) for i, t in enumerate(state.trainings)]
     logs[0].bar.set_description(f"{len(logs)} SAEs")
@@ -179,6 +181,8 @@ def _run(configs: FrontierConfig | Sequence[RunConfig], state: Pass, on_finish: 
                 except StopIteration:
                     break
                 _keep_record(state, logs, logged, already)
+                if on_step is not None:
+                    on_step(state)
             if stop.agreed():
                 state.save()
                 if rank() == 0:
