@@ -1,9 +1,9 @@
-"""What does a second thread bring, alone and beside another process? Steps of the embedded network, forth and back, with one thread and with two.
+"""What does a second thread bring, and what does it cost beside other work? Steps of the embedded network, forth and back, with one thread and with two.
 
     python benchmarks/threads.py
 
-Two cores are compared with one in a process of their own each, since the number of threads is a process's; both stand ready and take a step by turns, first with
-the machine to themselves, then beside a third process that keeps one core busy with matrix products of one thread. Written to data/results/threads.json.
+Two cores are compared with one in a process of their own each, since the number of threads is a process's; both stand ready and take a step by turns, first on
+the machine as it is found (its load average is noted), then beside one more process that keeps a core busy. Written to data/results/threads.json.
 """
 
 import argparse
@@ -75,11 +75,11 @@ def main() -> None:
     began, results = time.perf_counter(), []
     steppers, beside = {n: start("--stepper", str(n)) for n in (1, 2)}, None
     try:
-        for situation in ("alone", "beside another process"):
-            if situation != "alone":
+        for situation in ("as found", "beside one process more"):
+            if situation != "as found":
                 beside = start("--neighbour")
             for shape in SHAPES:
-                times = {n: [ask(process, shape) for process in (steppers[n],)] for n in steppers}  # warms up
+                times = {n: [ask(process, shape)] for n, process in steppers.items()}  # warms up
                 for _ in range(chosen.steps):
                     for n, process in steppers.items():
                         times[n].append(ask(process, shape))

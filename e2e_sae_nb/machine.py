@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Product', 'SMALL', 'LARGE', 'Seconds', 'MARGIN', 'CHOICES', 'VARIABLE', 'products_of', 'cut', 'product_seconds',
            'wait_for', 'Rates', 'measure_rates', 'measured_rates', 'rates_here', 'Precision', 'choose_precision',
-           'autocast']
+           'autocast', 'choose_threads']
 
 # %% ../nbs/01a_machine.ipynb #50ac63c5
 import os
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .core import Stopwatch, UserError, say
+from .threads import may_choose
 
 # %% ../nbs/01a_machine.ipynb #39d65229
 Product = tuple[int, int, int]  # rows, width, columns
@@ -209,3 +210,25 @@ def autocast(
 def _warn(line: str) -> None:
     "Say it once."
     say(line, always=True)
+
+# %% ../nbs/01a_machine.ipynb #ba9d021c
+def choose_threads(
+    products: Sequence[Product],  # The run's
+    device: torch.device,
+    seconds: Seconds = product_seconds,  # Another one for tests
+    budget: float = 0.25,  # Seconds
+) -> int:
+    "All of torch's threads, or one where a product is faster with one; it leaves the number as it is."
+    now, largest = torch.get_num_threads(), max(products, key=lambda p: p[0] * p[1] * p[2])
+    if device.type != "cpu" or now == 1 or not may_choose() or largest[0] * largest[1] * largest[2] < SMALL:
+        return now
+    times: dict[int, list[float]] = {now: [], 1: []}
+    clock, product = Stopwatch(), cut(largest, 2**26)
+    try:
+        while len(times[1]) < 2 or (len(times[1]) < 6 and float(clock) < budget):
+            for n, found in times.items():
+                torch.set_num_threads(n)
+                found.append(seconds(product, False, device))
+    finally:
+        torch.set_num_threads(now)
+    return 1 if 1.1 * min(times[1][1:]) < min(times[now][1:]) else now

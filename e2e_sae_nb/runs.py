@@ -25,10 +25,11 @@ from .core import DTYPES, UserError, atomic_path, nearest, progress, read_json, 
 from .devices import divides, on_first, world
 from .documents import DataConfig
 from .losses import LossConfig, run_type
-from .machine import CHOICES, autocast, choose_precision, products_of
+from .machine import CHOICES, autocast, choose_precision, choose_threads, products_of
 from .models import Subject, find_point, resolve_points
 from .sae import SAE, SAEConfig
 from .tables import facts_table
+from .threads import may_choose, set_threads
 from .trackers import tensorboard_sink, wandb_sink
 
 # %% ../nbs/12_runs.ipynb #e3832fef
@@ -184,9 +185,10 @@ def settle(
     first, (rows, length) = configs[0], _rows(configs[0], subject)
     width = max(find_point(subject, name).width for name in resolve_points(subject, first.saes.sae_positions))
     products = products_of(rows * length, width, subject.vocab_size)
+    set_threads(choose_threads(products, subject.device)) if may_choose() else None
     choose = lambda: choose_precision(first.compute_dtype, products, subject.device, subject.dtype)
     choice = on_first(choose) if first.compute_dtype == "auto" else choose()
-    facts, compiled = choice.facts(), first.compile
+    facts, compiled = choice.facts() | {"threads": torch.get_num_threads()}, first.compile
     if compiled == "auto":
         batches = 0 if first.n_samples is None else first.n_samples // first.batch_size
         tokens = torch.randint(subject.vocab_size or 2, (rows, length), generator=torch.Generator().manual_seed(0))

@@ -315,3 +315,27 @@ def test_threads_are_settled_at_the_entrances(entrance, monkeypatch, tmp_path):
     arguments = {"train": (object(),), "evaluate": (tmp_path,), "frontier": ([],), "train_lm": (None, None, {}, 1, tmp_path), "bench": ("embedded",)}[entrance]
     with pytest.raises(Settled):
         getattr(module, entrance)(*arguments)
+
+
+@pytest.mark.parametrize("gain, taken", [(0.1, 1), (1.0, 2), (1.8, 2)])
+def test_one_thread_where_it_is_faster(gain, taken, subject, values, monkeypatch):
+    "Two threads that bring `gain`: chosen when a run begins, noted, and kept by its continuation."
+    for name in threads.SAYS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(machine, "SMALL", 0)
+    monkeypatch.setattr(threads, "cores_in_mask", lambda: 2)
+    before, seconds = torch.get_num_threads(), lambda product, low, device: 1.0 / (gain if torch.get_num_threads() == 2 else 1.0)
+    monkeypatch.setattr(runs, "choose_threads", lambda products, device: machine.choose_threads(products, device, seconds))
+    try:
+        torch.set_num_threads(2)
+        run = train(RunConfig.from_dict(values | {"compute_dtype": "float32"}), subject=subject)
+        assert torch.get_num_threads() == taken == run.summary["computing"]["threads"]
+        torch.set_num_threads(2)
+        gain = 1.8
+        assert resume(run.path, subject).computing["threads"] == taken == torch.get_num_threads()
+        torch.set_num_threads(somebodys := (os.cpu_count() or 1) + 3)
+        train(RunConfig.from_dict(values | {"compute_dtype": "float32"}), subject=subject)
+        assert torch.get_num_threads() == somebodys
+    finally:
+        torch.set_num_threads(before)
+        threads._set.clear()
