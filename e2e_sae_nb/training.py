@@ -22,7 +22,7 @@ from .architectures import observe, only_kept, trainable
 from .checkpoint import checkpoints
 from .config import to_dict
 from .core import Stopwatch, UserError, peak_memory_bytes, provenance, say, write_json
-from .data import TokenStream, own_splits
+from .data import TokenStream, own_splits, special_token_ids
 from .devices import LostProcess, add, add_gradients, add_numbers, batch_mean, dividing, divides, my_rows, once, rank, world, writes
 from .evaluation import EvalResult, evaluate_many
 from .live import watch
@@ -288,10 +288,11 @@ def evaluate(
     settle_threads()
     run = run if isinstance(run, Run) else load_run(run)
     config, clock = replace(run.config, eval_n_samples=n_samples or run.config.eval_n_samples), Stopwatch()
-    ways = {"evaluation": (config.exclude_first_position, config.exclude_special_tokens), "all_positions": (False, False),
-            "without_first_position_and_special_tokens": (True, True)}
     with dividing("latents" if config.saes.sharded else "batch"):
         subject = subject or subject_for(config)
+        special = bool(special_token_ids(subject.tokenizer))  # a network without any has none to exclude
+        ways = {"evaluation": (config.exclude_first_position, config.exclude_special_tokens), "all_positions": (False, False),
+                "without_first_position_and_special_tokens": (True, special)}
         check_places(subject, run.saes)
         saes, batches = {name: cut_sae(sae).to(subject.device) for name, sae in run.saes.items()}, held_out(config, subject)
         found = {way: evaluate_held_out(subject, [saes], replace(config, exclude_first_position=way[0], exclude_special_tokens=way[1]), batches)[0]
