@@ -7,6 +7,8 @@ __all__ = ['kl_rows', 'pair_products', 'bag_sums', 'segment_sums']
 
 # %% ../nbs/04c_triton.ipynb #82b29b85
 # pyright: reportCallIssue=false, reportOperatorIssue=false
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -193,7 +195,7 @@ def bag_sums(
     windows = triton.cdiv(pairs, _CUT) if pairs > _CUT else 0
     part = torch.empty(2 * windows, width, dtype=torch.float32, device=rows.device)
     block = min(512, triton.next_power_of_2(width))
-    shape = {"BLOCK": block, "TURN": _TURN, "CUT": _CUT, "num_warps": 4}
+    shape: dict[str, Any] = {"BLOCK": block, "TURN": _TURN, "CUT": _CUT, "num_warps": 4}
     if windows:
         _window_sums[(windows, triton.cdiv(width, block))](index, rows, offsets, weights, part, bags, pairs, width, **shape)
     _bag_sums[(bags, triton.cdiv(width, block))](index, rows, offsets, weights, part, out, bags, pairs, width, **shape)
