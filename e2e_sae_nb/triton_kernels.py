@@ -7,6 +7,8 @@ __all__ = ['kl_rows', 'pair_products', 'bag_sums', 'segment_sums']
 
 # %% ../nbs/04c_triton.ipynb #82b29b85
 # pyright: reportCallIssue=false, reportOperatorIssue=false
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -126,40 +128,53 @@ def _sum(first, last, index_ptr, rows_ptr, weight_ptr, at, width, BLOCK: tl.cons
     return tl.sum(total, 0)
 
 # %% ../nbs/04c_triton.ipynb #fa769791
-@triton.jit(do_not_specialize=["bags", "pairs"])  # they change from step to step
-def _piece_sums(index_ptr, rows_ptr, offset_ptr, weight_ptr, ends_ptr, part_ptr, bags, pairs, width,
-                BLOCK: tl.constexpr, TURN: tl.constexpr, CUT: tl.constexpr):
-    piece = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    low = piece * 0  # the bag it belongs to: the first whose pieces end behind it, found by halving
+@triton.jit
+def _bag_of(pair, offset_ptr, bags):
+    low = pair * 0
     high = low + bags
-    while low < high:
+    while high - low > 1:  # the last bag that begins at this pair or before it
         middle = (low + high) // 2
-        behind = tl.load(ends_ptr + middle) > piece
-        high = tl.where(behind, middle, high)
-        low = tl.where(behind, low, middle + 1)
-    if low < bags:
-        before = tl.load(ends_ptr + low - 1, mask=low > 0, other=0)
-        first = tl.load(offset_ptr + low) + (piece - before) * CUT
-        last = tl.minimum(first + CUT, tl.load(offset_ptr + low + 1, mask=low + 1 < bags, other=pairs))
-        total = _sum(first, last, index_ptr, rows_ptr, weight_ptr, at, width, BLOCK, TURN)
-        tl.store(part_ptr + piece * width + at, total, mask=at < width)
+        before = tl.load(offset_ptr + middle) <= pair
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low
+
+# %% ../nbs/04c_triton.ipynb #f6c415ea
+@triton.jit(do_not_specialize=["bags", "pairs"])  # they change from step to step
+def _window_sums(index_ptr, rows_ptr, offset_ptr, weight_ptr, part_ptr, bags, pairs, width,
+                 BLOCK: tl.constexpr, TURN: tl.constexpr, CUT: tl.constexpr):
+    window = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start = window * CUT
+    end = tl.minimum(start + CUT, pairs)
+    bag = _bag_of(start, offset_ptr, bags)
+    last = tl.load(offset_ptr + bag + 1, mask=bag + 1 < bags, other=pairs)
+    if last - tl.load(offset_ptr + bag) > CUT:
+        total = _sum(start, tl.minimum(last, end), index_ptr, rows_ptr, weight_ptr, at, width, BLOCK, TURN)
+        tl.store(part_ptr + 2 * window * width + at, total, mask=at < width)
+    if last < end:
+        bag = _bag_of(end - 1, offset_ptr, bags)
+        first = tl.load(offset_ptr + bag)
+        if tl.load(offset_ptr + bag + 1, mask=bag + 1 < bags, other=pairs) - first > CUT:
+            total = _sum(first, end, index_ptr, rows_ptr, weight_ptr, at, width, BLOCK, TURN)
+            tl.store(part_ptr + (2 * window + 1) * width + at, total, mask=at < width)
 
 # %% ../nbs/04c_triton.ipynb #5c42cbf0
 @triton.jit(do_not_specialize=["bags", "pairs"])
-def _bag_sums(index_ptr, rows_ptr, offset_ptr, weight_ptr, ends_ptr, part_ptr, out_ptr, bags, pairs, width,
+def _bag_sums(index_ptr, rows_ptr, offset_ptr, weight_ptr, part_ptr, out_ptr, bags, pairs, width,
               BLOCK: tl.constexpr, TURN: tl.constexpr, CUT: tl.constexpr):
     bag = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = tl.load(offset_ptr + bag)
     last = tl.load(offset_ptr + bag + 1, mask=bag + 1 < bags, other=pairs)
-    if last - first > CUT:  # its pieces are summed already
-        total = tl.zeros([BLOCK], dtype=tl.float32)
-        end = tl.load(ends_ptr + bag)
-        piece = end - (last - first + CUT - 1) // CUT
-        while piece < end:
-            total += tl.load(part_ptr + piece * width + at, mask=at < width, other=0.0)
-            piece += 1
+    if last - first > CUT:  # its parts are summed already
+        window = first // CUT
+        inside = (first % CUT != 0).to(tl.int64)  # whether it begins within its first window
+        total = tl.load(part_ptr + (2 * window + inside) * width + at, mask=at < width, other=0.0)
+        window += 1
+        while window * CUT < last:
+            total += tl.load(part_ptr + 2 * window * width + at, mask=at < width, other=0.0)
+            window += 1
     else:
         total = _sum(first, last, index_ptr, rows_ptr, weight_ptr, at, width, BLOCK, TURN)
     tl.store(out_ptr + bag * width + at, total, mask=at < width)
@@ -177,16 +192,13 @@ def bag_sums(
     out = torch.empty(bags, width, dtype=rows.dtype, device=rows.device)
     if not bags:
         return out
-    lengths = torch.diff(offsets, append=offsets.new_full((1,), pairs))
-    pieces = torch.where(lengths > _CUT, (lengths + _CUT - 1) // _CUT, 0)
-    most = 2 * pairs // _CUT if pairs > _CUT else 0  # there are no more than this
-    ends = pieces.cumsum(0)
-    part = torch.empty(most, width, dtype=torch.float32, device=rows.device)
+    windows = triton.cdiv(pairs, _CUT) if pairs > _CUT else 0
+    part = torch.empty(2 * windows, width, dtype=torch.float32, device=rows.device)
     block = min(512, triton.next_power_of_2(width))
-    shape = {"BLOCK": block, "TURN": _TURN, "CUT": _CUT, "num_warps": 4}
-    if most:
-        _piece_sums[(most, triton.cdiv(width, block))](index, rows, offsets, weights, ends, part, bags, pairs, width, **shape)
-    _bag_sums[(bags, triton.cdiv(width, block))](index, rows, offsets, weights, ends, part, out, bags, pairs, width, **shape)
+    shape: dict[str, Any] = {"BLOCK": block, "TURN": _TURN, "CUT": _CUT, "num_warps": 4}
+    if windows:
+        _window_sums[(windows, triton.cdiv(width, block))](index, rows, offsets, weights, part, bags, pairs, width, **shape)
+    _bag_sums[(bags, triton.cdiv(width, block))](index, rows, offsets, weights, part, out, bags, pairs, width, **shape)
     return out
 
 # %% ../nbs/04c_triton.ipynb #c475151f
