@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .core import UserError, atomic_path, generator
+from .core import UserError, atomic_path, generator, wide
 from .losses import kl_orig_to_new
 from .models import Subject
 from .sae import SAE
@@ -62,7 +62,7 @@ class Sampling:
         "The token that comes next, `step` tokens after the prompt."
         if self.temperature == 0:
             return int(logits.argmax())
-        scaled = logits.double().cpu() / self.temperature
+        scaled = wide(logits.cpu()) / self.temperature
         noise = -torch.empty_like(scaled).exponential_(generator=generator(self.seed, f"token {step}")).log()
         if self.top_k is not None and self.top_k < len(scaled):
             scaled[scaled < scaled.topk(self.top_k).values[-1]] = -torch.inf

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from .core import UserError
+from .core import UserError, wide
 from .layouts import Point
 from .models import Subject, find_point
 from .sae import SAE, SAEActs
@@ -256,9 +256,9 @@ def check_replay(subject: Subject) -> None:
     if not subject.blocks:
         return
     tokens = torch.arange(8, device=subject.device)[None] % (subject.vocab_size or 8)
-    expected = subject(tokens).double()
+    expected = wide(subject(tokens))
     for start in {0, len(subject.blocks) // 2, len(subject.blocks) - 1}:
-        found = subject.logits(replay(subject, original_pass(subject, tokens, start=start), {}).hidden).double()
+        found = wide(subject.logits(replay(subject, original_pass(subject, tokens, start=start), {}).hidden))
         tolerance = 1e3 * torch.finfo(subject.dtype).eps * expected.abs().max()
         if not (found - expected).abs().max() <= tolerance:
             raise UserError(f"{subject.name}: running blocks {start} to the end again does not reproduce the model's logits, so this "

@@ -155,6 +155,7 @@ def begin(
     "A fresh run: subject, SAEs, plan, optimizer, data; its folder is made last, when all else is known to work."
     subject = subject or subject_for(config)
     (config,), computing = settle([config], subject)
+    keep_for(config, subject)(torch.zeros(1, 2, dtype=torch.long))  # what cannot be excluded is said now
     names = resolve_points(subject, config.saes.sae_positions)
     plan = make_plan(subject, names, config.loss, list(paired_inputs(subject, names, config.saes.input_positions).values()))
     if not plan.local:
