@@ -370,7 +370,7 @@ def keep_mask(
                         "(train_data.tokenizer_name), or set exclude_special_tokens: false")
     keep = torch.ones_like(tokens, dtype=torch.bool)
     keep[:, 0] = not exclude_first_position
-    return keep & ~torch.isin(tokens, tokens.new_tensor(special))
+    return keep & ~torch.isin(tokens, torch.tensor(special, dtype=tokens.dtype).to(tokens.device))
 
 # %% ../nbs/04_data.ipynb #973f47ba
 def special_token_ids(

@@ -286,8 +286,8 @@ def evaluate(
     settle_threads()
     run = run if isinstance(run, Run) else load_run(run)
     config, clock = replace(run.config, eval_n_samples=n_samples or run.config.eval_n_samples), Stopwatch()
-    if run.path is not None and (config.eval_data or config.train_data).dataset_name == config.train_data.dataset_name:
-        once(lambda: warn_of_other_data(saved_position(run.path), config.train_data))
+    if (path := run.path) is not None and (config.eval_data or config.train_data).dataset_name == config.train_data.dataset_name:
+        once(lambda: warn_of_other_data(saved_position(path), config.train_data))
     with dividing("latents" if config.saes.sharded else "batch"):
         subject = subject or subject_for(config)
         ways = {"evaluation": (config.exclude_first_position, config.exclude_special_tokens), "all_positions": (False, False)}
@@ -300,7 +300,7 @@ def evaluate(
         found = {way: evaluate_held_out(subject, [saes], replace(config, exclude_first_position=way[0], exclude_special_tokens=way[1]), batches)[0]
                  for way in dict.fromkeys(ways.values())}
     result = found[ways["evaluation"]]
-    if (path := run.path) is not None:
+    if path is not None:
         record = provenance(to_dict(run.config), seed=config.seed, tokens=result.tokens, seconds=float(clock), device=subject.device)
         once(lambda: write_json(path / "evaluation.json", {key: found[way].to_dict() for key, way in ways.items()} | {"provenance": record}))
     return result

@@ -104,7 +104,7 @@ def main(what: str) -> None:
                 "eval_n_samples": 8, "save_dir": folder, "log_every_n_grad_steps": 1, "compile": False, "compute_dtype": "float32", "device": "apple",
                 "act_frequency_n_tokens": 64, "collect_act_frequency_every_n_samples": 8}
         losses = {"local": {"sparsity": {"coeff": 0.3}, "out_to_in": {"coeff": 1.0}},
-                  "e2e": {"sparsity": {"coeff": 0.3}, "logits_kl": {"coeff": 1.0}, "in_to_orig": {"hook_positions": "resid_post", "total_coeff": 1.0}}}
+                  "e2e": {"sparsity": {"coeff": 0.3}, "logits_kl": {"coeff": 1.0}, "in_to_orig": {"hook_positions": "blocks.2.hook_resid_post", "total_coeff": 1.0}}}
         with Mode():
             runs = {}
             for kind in ("local", "e2e") if what == "train" else ("e2e",):
@@ -116,7 +116,8 @@ def main(what: str) -> None:
                 print(evaluate(runs["e2e"]).kl)
             if what == "features":
                 from e2e_sae_nb.dashboard import features
-                features(runs["e2e"], Path(folder, "features.html"), n_tokens=256)
+                from e2e_sae_nb.state import subject_for
+                features(runs["e2e"], subject_for(runs["e2e"].config), n_tokens=256).save(Path(folder, "features.html"))
             if what == "generate":
                 from e2e_sae_nb.generation import Sampling
                 print(Sampling(temperature=1.0).choose(torch.randn(4096).to(DEVICE), 0))
