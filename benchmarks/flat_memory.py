@@ -45,7 +45,7 @@ def make(folder: Path, gigabytes: float) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
     low, high = SETTINGS["words_per_document"]
     schema = pa.schema([("text", pa.string())])
-    with open(folder / "text.jsonl", "w") as lines, pq.ParquetWriter(folder / "text.parquet", schema, compression="none", use_dictionary=False) as table:
+    with open(folder / "text.jsonl", "w", encoding="utf-8") as lines, pq.ParquetWriter(folder / "text.parquet", schema, compression="none", use_dictionary=False) as table:
         while written < gigabytes * 1e9:
             group = [" ".join(rng.choices(known, k=rng.randint(low, high))) for _ in range(SETTINGS["row_group"])]
             written += sum(lines.write(json.dumps({"text": text}) + "\n") for text in group)

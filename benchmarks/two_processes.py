@@ -56,7 +56,7 @@ def measure(out: str) -> None:
                           "share_of_adding_gradients": waiting[0] / seconds,
                           "gradient_bytes": sum(p.numel() * p.element_size() for sae in t.saes.values() for p in sae.parameters())})
     if rank() == 0:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(found), encoding="utf-8")
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
                 environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "E2E_SAE_PROGRESS": "0"}
                 subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), __file__, path],
                                env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                rounds[side].append(json.loads(Path(path).read_text()))
+                rounds[side].append(json.loads(Path(path).read_text(encoding="utf-8")))
                 print(side, [round(case["tokens_per_second"]) for case in rounds[side][-1]], file=sys.stderr, flush=True)
     one = rounds["1 process, 1 thread"]
     results = []

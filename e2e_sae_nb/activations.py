@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .core import generator
+from .core import generator, wide
 from .evaluation import compare_hidden
 from .models import Subject
 from .sae import SAE
@@ -79,11 +79,11 @@ def principal_directions(
     k: int = 30,
 ) -> Directions:
     "The `k` directions of largest variance."
-    centred = x.double() - x.double().mean(0)
+    centred = wide(x) - wide(x).mean(0)
     variance, columns = torch.linalg.eigh(centred.T @ centred / (len(x) - 1))
     variance, rows = variance.flip(0), columns.T.flip(0)
     sign = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
-    return Directions(x.double().mean(0).float(), (rows * sign)[:k].float(), variance[:k].float(), (variance / variance.sum())[:k].float())
+    return Directions(*(part.float().to(x.device) for part in (wide(x).mean(0), (rows * sign)[:k], variance[:k], (variance / variance.sum())[:k])))
 
 
 def correlations(
@@ -92,9 +92,9 @@ def correlations(
     rows: Float[Tensor, "k d"],  # Unit directions
 ) -> Float[Tensor, " k"]:
     "Along each direction, the correlation over tokens of the components of `x` and of `y` (paper appendix G.3)."
-    a, b = (values.double() @ rows.double().T for values in (x, y))
+    a, b = (wide(values) @ wide(rows).T for values in (x, y))
     a, b = a - a.mean(0), b - b.mean(0)
-    return ((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)).float()
+    return ((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)).float().to(x.device)
 
 # %% ../nbs/43_activations.ipynb #6081d04d
 def resampled(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .compiling import compile_blocks
-from .core import Stopwatch, UserError, data_path, generator, nearest, peak_memory_bytes, pick_device, progress, reset_peak_memory
+from .core import Stopwatch, UserError, data_path, generator, nearest, peak_memory_bytes, pick_device, progress, reset_peak_memory, wide
 from .losses import LossConfig, downstream_positions, e2e_ds_loss, e2e_loss, local_loss, make_plan, objective, run_original
 from .machine import choose_precision, products_of, wait_for
 from .models import Subject, load_subject, subject_from_model
@@ -234,7 +234,7 @@ def _gradients(sides: dict[str, Side], tokens: Tensor) -> dict[str, float]:
     for key, side in sides.items():
         side.sae.load_state_dict(sides["reference"].sae.state_dict())
         gradients = torch.autograd.grad(side.loss_of(tokens), list(side.sae.parameters()))
-        flat[key] = torch.cat([p.flatten() for p in gradients]).double()
+        flat[key] = wide(torch.cat([p.flatten() for p in gradients]))
     return {key: float(F.cosine_similarity(value, flat["reference"], dim=0)) for key, value in flat.items()}
 
 # %% ../nbs/20_bench.ipynb #fb398e4a

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_checkpoint', 'clear_up', 'locked', 'load_saes', 'sae_from_tensors', 'read_cfg', 'load_state', 'load_tensors',
-           'checkpoints', 'latest_checkpoint', 'optimizer_tensors', 'restore_optimizer']
+           'checkpoints', 'latest_checkpoint', 'saved_position', 'optimizer_tensors', 'restore_optimizer']
 
 # %% ../nbs/11a_checkpoint.ipynb #eb48592f
 import contextlib
@@ -232,6 +232,16 @@ def latest_checkpoint(
     if not found:
         raise UserError(f"{run_dir} holds no checkpoint (nothing under checkpoints/samples_*)")
     return found[-1]
+
+# %% ../nbs/11a_checkpoint.ipynb #08c19a7c
+def saved_position(
+    run_dir: str | Path,  # A run folder
+) -> dict[str, Any]:  # As `TokenStream.state_dict` gave it; empty if nothing is known
+    "The place in the training data at a run's last checkpoint."
+    found = list(checkpoints(run_dir).values())
+    if not found or not (found[-1] / "training.json").is_file():
+        return {}
+    return read_json(found[-1] / "training.json").get("stream", {})
 
 # %% ../nbs/11a_checkpoint.ipynb #94a976d2
 def optimizer_tensors(

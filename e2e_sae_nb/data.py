@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['own_splits', 'choose_side', 'check_source', 'read_documents', 'tokenize', 'ended_ids', 'id_rows', 'read_rows',
            'ArrayRows', 'buffered', 'StreamedRows', 'check_position', 'TokenStream', 'check_stream', 'open_stream',
-           'docstring_tokens', 'check_beginning', 'tokenizer_for', 'keep_mask', 'special_token_ids']
+           'warn_of_other_data', 'docstring_tokens', 'check_beginning', 'tokenizer_for', 'existing', 'keep_mask',
+           'special_token_ids']
 
 # %% ../nbs/04_data.ipynb #e9167def
 import itertools
@@ -295,6 +296,20 @@ def open_stream(
         rows = ArrayRows(np.concatenate([r.astype(np.int32) for r in read_rows(config, role, n_ctx, tokenizer)]), n_ctx, seed, shuffle)
     return TokenStream(rows, batch_size, repeat=repeat and shuffle, vocab_size=vocab_size, name=name, data=data)
 
+# %% ../nbs/04_data.ipynb #e128e8f7
+def warn_of_other_data(
+    state: Mapping[str, Any],  # A position in the training data, as `TokenStream.state_dict` gives it; {}: none is known
+    config: DataConfig,  # Of these data
+) -> None:
+    "Say it if the data are not those that a run was trained on, so that held-out documents may have been trained on."
+    if state.get("data") is None:
+        return
+    stored = config.dataset_name.partition(":")[0] == "docstrings"
+    now = of_tokens(docstring_tokens(config.dataset_name, config.split)) if stored else data_fingerprint(config)
+    if difference := changed(state["data"], now):
+        say(f"{config.dataset_name} holds other data than those that the run was trained on ({difference}), "
+            "so documents that are held out now may have been trained on", always=True)
+
 # %% ../nbs/04_data.ipynb #b792fe97
 def docstring_tokens(name: str, split: str) -> np.ndarray:
     "The embedded corpus, or a part of it as in docstrings:networkx,numpy."
@@ -317,7 +332,7 @@ def check_beginning(config: DataConfig, tokenizer: Any) -> None:
 # %% ../nbs/04_data.ipynb #07f120ad
 def tokenizer_for(config: DataConfig, tokenizer: Any = None) -> Any:
     "The tokenizer for a dataset: the one given or the configured one, if it will do."
-    name = config.dataset_name
+    name, tokenizer = config.dataset_name, existing(tokenizer)
     if tokenizer is None and config.tokenizer_name and not config.is_tokenized:
         from transformers import AutoTokenizer
         try:
@@ -332,6 +347,12 @@ def tokenizer_for(config: DataConfig, tokenizer: Any = None) -> Any:
     if config.add_bos and (stored or getattr(tokenizer, "bos_token_id", None) is None):
         raise UserError("add_bos needs a dataset other than 'docstrings' and a tokenizer with a beginning-of-text token")
     return tokenizer
+
+# %% ../nbs/04_data.ipynb #158ed0b4
+def existing(tokenizer: Any) -> Any:
+    "None in place of a tokenizer without words, which transformers makes of a folder that has none (of GPT-2's family, for instance)."
+    vocabulary = getattr(tokenizer, "get_vocab", None)
+    return None if vocabulary is not None and len(vocabulary()) <= len(set(tokenizer.all_special_ids)) else tokenizer
 
 # %% ../nbs/04_data.ipynb #12e0ed93
 def keep_mask(
@@ -349,14 +370,14 @@ def keep_mask(
                         "(train_data.tokenizer_name), or set exclude_special_tokens: false")
     keep = torch.ones_like(tokens, dtype=torch.bool)
     keep[:, 0] = not exclude_first_position
-    return keep & ~torch.isin(tokens, tokens.new_tensor(special))
+    return keep & ~torch.isin(tokens, torch.tensor(special, dtype=tokens.dtype).to(tokens.device))
 
 # %% ../nbs/04_data.ipynb #973f47ba
 def special_token_ids(
     tokenizer: Any,  # None: there is none
 ) -> list[int]:  # Sorted; empty without a tokenizer
     "Ids of beginning, end, padding and other special tokens, whichever list of the tokenizer they are in."
-    if tokenizer is None:
+    if existing(tokenizer) is None:
         return []
     ids = set(tokenizer.all_special_ids)
     ids |= {getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")} - {None}

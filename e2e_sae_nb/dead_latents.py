@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .core import generator
+from .core import generator, wide
 from .devices import add, all_rows
 from .metrics import fired
 from .sae import SAE, SAEActs, SAEConfig
@@ -29,7 +29,7 @@ def new_directions(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # Encoder rows [n d_in], biases [n], dictionary rows [n d_out], code at the drawn token [n]
     "Latents for what is badly reconstructed."
     loss = error.square().sum(-1)
-    weight = (loss.double() / loss.double().max().clamp_min(1e-300)).square().clamp_min(1e-12)
+    weight = (wide(loss) / wide(loss).max().clamp_min(1e-300)).square().clamp_min(1e-12)
     drawn = torch.multinomial(weight.cpu(), min(n, len(x)), generator=g).to(x.device)
     own, size = (x - x.mean(0))[drawn], loss[drawn].sqrt()
     length = own.square().sum(-1).clamp_min(1e-12)

@@ -18,13 +18,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .core import UserError, atomic_path, generator
-from .features import Positions
-from .losses import kl_orig_to_new
-from .models import Subject
-from .sae import SAE
-from .splicing import splice
-from .token_texts import TokenTexts
+<<<<<<< ours
+from e2e_sae_nb.core import UserError, atomic_path, generator
+from e2e_sae_nb.features import Positions
+=======
+from e2e_sae_nb.core import UserError, atomic_path, generator, wide
+>>>>>>> theirs
+from e2e_sae_nb.losses import kl_orig_to_new
+from e2e_sae_nb.models import Subject
+from e2e_sae_nb.sae import SAE
+from e2e_sae_nb.splicing import splice
+from e2e_sae_nb.token_texts import TokenTexts
 
 # %% ../nbs/46_generate.ipynb #d46cd60f
 class Reader:
@@ -64,7 +68,7 @@ class Sampling:
         "The token that comes next, `step` tokens after the prompt."
         if self.temperature == 0:
             return int(logits.argmax())
-        scaled = logits.double().cpu() / self.temperature
+        scaled = wide(logits.cpu()) / self.temperature
         noise = -torch.empty_like(scaled).exponential_(generator=generator(self.seed, f"token {step}")).log()
         if self.top_k is not None and self.top_k < len(scaled):
             scaled[scaled < scaled.topk(self.top_k).values[-1]] = -torch.inf

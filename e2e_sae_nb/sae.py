@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .core import UserError, generator
+from .core import UserError, generator, wide
 from .devices import enter_latents, join_latents
 from .tables import facts_table
 
@@ -199,7 +199,7 @@ def unit_mean_square_scale(
     x: Float[Tensor, "*batch d_in"],  # A sample of the SAE's inputs
 ) -> Float[Tensor, ""]:
     "The factor that gives inputs unit mean square."
-    return x.double().square().mean().rsqrt()
+    return wide(x).square().mean().rsqrt()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .core import wide
 from .devices import add, batch_mean
 from .losses import LossConfig, SparsityConfig
 from .sparse_step import SparseCode, code_norm
@@ -52,7 +53,7 @@ class SparsityControl:
             if old > 0 and math.isfinite(new):
                 self.scale *= old / new
         if self.config.target_l0 is not None:
-            counts = [add((c.l0() if isinstance(c, SparseCode) else (c > 0).sum(-1)).double(), "latents") for c in codes.values()]
+            counts = [add(wide(c.l0() if isinstance(c, SparseCode) else (c > 0).sum(-1)), "latents") for c in codes.values()]
             found = max(float(torch.stack([batch_mean(count) for count in counts]).mean()), 1e-3)
             self.scale *= math.exp(self.config.control * max(-1.0, min(1.0, math.log(found / self.config.target_l0))))
             self.scale = min(1e4, max(1e-4, self.scale))  # so that a wish that cannot be met does not end in numbers that cannot be undone

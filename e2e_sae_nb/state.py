@@ -42,6 +42,7 @@ from .sharding import cut_sae, cut_state, whole_saes, whole_state
 from .sparse_step import SAEAdam, SparseCode, can_screen, sparse_forward
 from .sparsity_control import SparsityControl
 from .splicing import check_replay, original_pass, places
+from .threads import may_choose, set_threads, usable_cores
 from .transcoders import paired_inputs
 
 # %% ../nbs/12a_state.ipynb #21b8603a
@@ -155,6 +156,7 @@ def begin(
     "A fresh run: subject, SAEs, plan, optimizer, data; its folder is made last, when all else is known to work."
     subject = subject or subject_for(config)
     (config,), computing = settle([config], subject)
+    keep_for(config, subject)(torch.zeros(1, 2, dtype=torch.long))  # what cannot be excluded is said now
     names = resolve_points(subject, config.saes.sae_positions)
     plan = make_plan(subject, names, config.loss, list(paired_inputs(subject, names, config.saes.input_positions).values()))
     if not plan.local:
@@ -321,15 +323,22 @@ def resume(
     t.control.scale, t.control.progress = (state.get("control", {}).get(key, value) for key, value in (("scale", 1.0), ("progress", 0.0)))
     t.window.counts = {k.removeprefix("window/"): v.to(t.subject.device) for k, v in tensors.items() if k.startswith("window/")}
     t.dead.silent = {k.removeprefix("silent/"): v.to(t.subject.device) for k, v in tensors.items() if k.startswith("silent/")}
-    t.dead.resampled, t.computing = state.get("resampled", {}), state.get("computing", t.computing)
+    t.dead.resampled, t.logged = state.get("resampled", {}), state.get("logged", -1)  # -1: written before this was noted
     t.samples, t.tokens, t.steps, t.seconds = (state[key] for key in ("samples", "tokens", "steps", "seconds"))
-    t.logged, t.screen = state.get("logged", -1), state.get("screen", t.screen)  # -1: written before this was noted
+    _compute_as_before(t, state)
     return t
 
 
 def _clear_up_alone(path: Path) -> None:
     with locked(path):
         clear_up(path)
+
+# %% ../nbs/12a_state.ipynb #10772665
+def _compute_as_before(t: Training, state: Mapping[str, Any]) -> None:
+    "Take over what was settled by measurement when the run began: screening, and the number of threads as far as cores allow."
+    t.screen, t.computing = state.get("screen", t.screen), state.get("computing", t.computing)
+    if may_choose() and (threads := t.computing.get("threads")):
+        set_threads(min(threads, usable_cores()))
 
 # %% ../nbs/12a_state.ipynb #ecc9fdb6
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of a disk that is full or may not be written to

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .architectures import new_sae
-from .core import UserError
+from .core import UserError, wide
 from .sae import SAE, fold_input_scale
 
 # %% ../nbs/52_suites.ipynb #7ee51a2d
@@ -112,5 +112,5 @@ def saebench_explained_variance(
     actual: Float[Tensor, "tokens d"],
 ) -> float:  # 1 - E / (S - (S/d)^2)
     "What SAEBench 0.6 reports as explained_variance, for one batch."
-    error, square = (actual - predicted).double().square().sum(-1).mean(), actual.double().square().sum(-1).mean()
+    error, square = wide(actual - predicted).square().sum(-1).mean(), wide(actual).square().sum(-1).mean()
     return (1 - error / (square - (square / actual.shape[-1]) ** 2)).item()

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from .architectures import observe, only_kept, trainable
-from .checkpoint import checkpoints
+from .checkpoint import checkpoints, saved_position
 from .config import to_dict
-from .core import Stopwatch, UserError, peak_memory_bytes, provenance, say, write_json
-from .data import TokenStream, own_splits, special_token_ids
+from .core import Stopwatch, UserError, peak_memory_bytes, provenance, say, wide, write_json
+from .data import TokenStream, own_splits, special_token_ids, warn_of_other_data
 from .devices import LostProcess, add, add_gradients, add_numbers, batch_mean, dividing, divides, my_rows, once, rank, world, writes
 from .evaluation import EvalResult, evaluate_many
 from .live import watch
@@ -90,9 +90,9 @@ def of_whole_batch(
     "A share's part of a batch's loss."
     if not divides("batch"):
         return result.total, result
-    here = torch.stack([value.detach().double() for value in result.terms.values()])
+    here = torch.stack([wide(value.detach()) for value in result.terms.values()])
     means = add(share * here if share else torch.zeros_like(here), "batch")  # without tokens, a share's terms are no numbers
-    terms = {name: mean.to(value.dtype) for (name, value), mean in zip(result.terms.items(), means, strict=True)}
+    terms = {name: mean.to(value) for (name, value), mean in zip(result.terms.items(), means, strict=True)}
     loss, n = t.control.loss(t.config.loss), len(t.plan.downstream)
     return share * weigh(result.terms, loss, n, terms), replace(result, total=weigh(terms, loss, n), terms=terms)
 
@@ -120,7 +120,7 @@ def _logs_now(t: Training) -> bool:
 def log_values(result: Objective, codes: Mapping[str, Tensor | SparseCode]) -> dict[str, float]:
     "The last batch's loss, its terms, and the sparsity of its codes."
     return ({"loss": result.total.item()} | {f"loss/{key}": value.item() for key, value in result.terms.items()}
-            | {f"l0/{name}": batch_mean(l0(c).double()).item() for name, c in codes.items()})
+            | {f"l0/{name}": batch_mean(wide(l0(c))).item() for name, c in codes.items()})
 
 # %% ../nbs/13_train.ipynb #9928fc7f
 def train(
@@ -289,6 +289,8 @@ def evaluate(
     settle_threads()
     run = run if isinstance(run, Run) else load_run(run)
     config, clock = replace(run.config, eval_n_samples=n_samples or run.config.eval_n_samples), Stopwatch()
+    if (path := run.path) is not None and (config.eval_data or config.train_data).dataset_name == config.train_data.dataset_name:
+        once(lambda: warn_of_other_data(saved_position(path), config.train_data))
     with dividing("latents" if config.saes.sharded else "batch"):
         subject = subject or subject_for(config)
         check_places(subject, run.saes)
@@ -301,7 +303,7 @@ def evaluate(
             counting = replace(config, exclude_first_position=first, exclude_special_tokens=specials)
             found[first, specials] = evaluate_held_out(subject, [saes], counting, batches)[0]
     result = found[ways["evaluation"]]
-    if (path := run.path) is not None:
+    if path is not None:
         record = provenance(to_dict(run.config), seed=config.seed, tokens=result.tokens, seconds=float(clock),
                             device=subject.device)
         values = {key: found[way].to_dict() for key, way in ways.items()} | {"provenance": record}
