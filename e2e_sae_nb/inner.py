@@ -7,7 +7,7 @@ __all__ = ['rounding_error', 'linear_error', 'Parts', 'is_attention', 'within', 
            'multipliers', 'fits', 'contributions', 'find_parts', 'linear_map', 'points_of', 'prove', 'hook_points',
            'text_config']
 
-# %% ../nbs/04ab_inner.ipynb #5061a06b
+# %% ../nbs/04ab_inner.ipynb #9a202854
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .core import UserError
 from .layouts import Edit, Point, hooked
-from .structure import Call, Structure, Trace, find_structure, run_arguments, watch
+from .structure import Call, Structure, Trace, find_structure, product_rounding, run_arguments, watch
 
 # %% ../nbs/04ab_inner.ipynb #668d2ff8
 def rounding_error(found: Tensor, expected: Tensor, parts: Iterable[Tensor], ulps: float = 8) -> float:
@@ -30,7 +30,7 @@ def rounding_error(found: Tensor, expected: Tensor, parts: Iterable[Tensor], ulp
 def linear_error(found: Tensor, expected: Tensor) -> float:
     "The same for a product with a matrix, in which every element is a sum: relative to the largest element."
     info, size = torch.finfo(found.dtype), expected.double().abs().max() + found.double().abs().max()
-    return float((found.double() - expected.double()).abs().max() / (1e3 * info.eps * size + info.tiny))
+    return float((found.double() - expected.double()).abs().max() / (product_rounding(found.dtype) * size + info.tiny))
 
 # %% ../nbs/04ab_inner.ipynb #495b245f
 @dataclass
@@ -351,7 +351,8 @@ def prove(
     noise = _Noise()
     old, new = noise.old, noise.new
     watchers = _watchers(structure, parts, noise)
-    after = [(points[key], lambda x, key=key: old.__setitem__(key, x.clone())) for key in points if key.endswith("resid_post")]
+    ends = [key for key in points if key.endswith("resid_post")]
+    after = [(points[key], lambda x, key=key: old.__setitem__(key, x.clone())) for key in ends]
     writers = [(p, noise.write(key)) for key, p in points.items() if not key.endswith(("mlp.hook_in", "resid_post"))]
     first, behind = ([pair for pair in watchers if (pair[0].name == "mid") == last] for last in (False, True))
     with torch.no_grad(), hooked(model, [*after, *first, *writers, *behind]):
