@@ -38,8 +38,8 @@ def check_folder(
     "Refuse a folder that is no complete model in Hugging Face's format."
     if (folder / "adapter_config.json").is_file():
         base = read_object(folder / "adapter_config.json").get("base_model_name_or_path", "its base model")
-        raise UserError(f"{folder} is an adapter for {base}, not a model; merge it first (peft: model.merge_and_unload(), "
-                        "then save_pretrained) and give the merged folder")
+        raise UserError(f"{folder} is an adapter for {base}, not a model; merge it first "
+                        "(peft: model.merge_and_unload(), then save_pretrained) and give the merged folder")
     if not (folder / "config.json").is_file():
         found = next((f"only {path.name}, a GGUF file; convert it (transformers loads it with gguf_file=..., then "
                       "save_pretrained) and give that folder" for path in sorted(folder.glob("*.gguf"))), None)
@@ -60,16 +60,20 @@ def check_config(
     if not kind:
         raise UserError(f"{folder}/config.json says no model_type, so its architecture is not known")
     if kind not in CONFIG_MAPPING:
-        code = "its code comes with the model (auto_map), and such code is not run here" if own else "this transformers does not know it"
-        raise UserError(f"{folder} has the architecture {kind!r}: {code}; a model that transformers itself can load is needed")
+        code = "this transformers does not know it"
+        if own:
+            code = "its code comes with the model (auto_map), and such code is not run here"
+        raise UserError(f"{folder} has the architecture {kind!r}: {code}; a model that transformers itself can load "
+                        "is needed")
     quantized = config.get("quantization_config")
     if isinstance(quantized, dict):
         method = str(quantized.get("quant_method", "an unnamed method"))
         packages = {"bitsandbytes": ("bitsandbytes",), "gptq": ("gptqmodel", "auto_gptq"), "awq": ("gptqmodel", "awq"),
-                    "compressed-tensors": ("compressed_tensors",), "hqq": ("hqq",), "quanto": ("optimum",), "torchao": ("torchao",)}
+                    "compressed-tensors": ("compressed_tensors",), "hqq": ("hqq",), "quanto": ("optimum",),
+                    "torchao": ("torchao",)}
         if not any(find_spec(package) for package in packages.get(method, ("torch",))):
-            raise UserError(f"{folder} holds weights quantized with {method}, which needs the package {packages[method][0]}; "
-                            "install it or give the model without quantization")
+            raise UserError(f"{folder} holds weights quantized with {method}, which needs the package "
+                            f"{packages[method][0]}; install it or give the model without quantization")
 
 # %% ../nbs/04ac_folders.ipynb #d616eb9b
 def check_weights(
@@ -85,13 +89,15 @@ def check_weights(
             shards |= set(names.values())
             missing = sorted(name for name in set(names.values()) if not (folder / name).is_file())
             if missing:
-                raise UserError(f"{folder} lacks {len(missing)} of {len(set(names.values()))} files of weights: {_some(missing)}")
+                raise UserError(f"{folder} lacks {len(missing)} of {len(set(names.values()))} files of weights: "
+                                f"{_some(missing)}")
             break
     for path in sorted(folder.glob("*.safetensors")):
         if not shards or path.name in shards:
             check_safetensors(path)
     if not any(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)):
-        raise UserError(f"the folder {folder} cannot be loaded: it holds a config.json but no weights (*.safetensors or *.bin)")
+        raise UserError(f"the folder {folder} cannot be loaded: it holds a config.json but no weights "
+                        "(*.safetensors or *.bin)")
 
 # %% ../nbs/04ac_folders.ipynb #29f8381b
 def check_safetensors(
@@ -106,7 +112,8 @@ def check_safetensors(
         header = json.loads(text)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise UserError(f"{path} is no complete safetensors file (a Git LFS pointer, or a download that broke off?)") from None
+        raise UserError(f"{path} is no complete safetensors file (a Git LFS pointer, or a download that broke off?)"
+                        ) from None
     if (wanted := 8 + length + max(ends, default=0)) > size:
         raise UserError(f"{path} ends too early: {size:,} of {wanted:,} bytes; was its download or copy complete?")
 
@@ -121,18 +128,20 @@ def check_loading(
     info: dict[str, Any],  # transformers' output_loading_info
 ) -> None:
     "Refuse a model some of whose tensors were not in its files, or whose files hold weights of another architecture."
-    missing = sorted(info.get("missing_keys", ()))
-    if missing:
-        raise UserError(f"{name}: {len(missing)} tensors of the model are not in its files and would be random: {_some(missing)}")
     other = sorted(str(key[0] if isinstance(key, (tuple, list)) else key) for key in info.get("mismatched_keys", ()))
     if other:
         raise UserError(f"{name}: {len(other)} tensors have another shape than its config.json says: {_some(other)}")
-    buffers = re.compile(r"(inv_freq|masked_bias|\.attn\.bias|attention\.bias|rotary_emb\..*|position_ids|relative_position.*)$")
-    strange = sorted(key for key in info.get("unexpected_keys", ()) if re.search(r"\.\d+\.", key) and not buffers.search(key)
-                     and not any(re.search(pattern, key) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise UserError(f"{name}: {len(missing)} tensors of the model are not in its files and would be random: "
+                        f"{_some(missing)}")
+    known = [r"(inv_freq|masked_bias|\.attn\.bias|attention\.bias|rotary_emb\..*|position_ids|relative_position.*)$",
+             *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    strange = sorted(key for key in info.get("unexpected_keys", ())
+                     if re.search(r"\.\d+\.", key) and not any(re.search(pattern, key) for pattern in known))
     if strange:
-        raise UserError(f"{name}: its files hold {len(strange)} tensors of blocks that the architecture of its config.json has no "
-                        f"place for: {_some(strange)}")
+        raise UserError(f"{name}: its files hold {len(strange)} tensors of blocks that its config.json's architecture "
+                        f"has no place for: {_some(strange)}")
 
 # %% ../nbs/04ac_folders.ipynb #729f7236
 def check_finite(
@@ -144,4 +153,5 @@ def check_finite(
         if parameter.numel() and parameter.is_floating_point() and parameter.device.type != "meta":
             low, high = torch.aminmax(parameter.detach())
             if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise UserError(f"{name}: {path} holds NaN or infinite numbers; the weights are damaged, or do not fit {parameter.dtype}")
+                raise UserError(f"{name}: {path} holds NaN or infinite numbers; the weights are damaged, or do not fit "
+                                f"{parameter.dtype}")

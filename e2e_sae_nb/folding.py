@@ -63,7 +63,7 @@ def fold_norm(trace: Trace, norm: Call) -> bool:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     readers = readers_of(trace, norm)
     vectors = all(p.ndim == 1 for p in module.parameters()) and isinstance(weight, Tensor)
-    if not vectors or x is None or not readers or any(True for _ in module.children()) or not all(
+    if weight is None or not vectors or x is None or not readers or any(True for _ in module.children()) or not all(
             norm.y is not None and linear_map(c.module, norm.y) is not None for c in readers):
         return False
     kept, shift = weight.detach().double().clone(), None if bias is None else bias.detach().double().clone()
@@ -172,7 +172,7 @@ def fold_weights(
     if isinstance(head.module, nn.Linear) and not capped:
         centre_output(head.module)
     old, new = (x.double().log_softmax(-1) for x in (trace.logits, watch(model, tokens).logits))
-    allowed = max(product_rounding(trace.logits.dtype), 1e-4)  # some families compute norms in float32 whatever their precision
+    allowed = max(product_rounding(trace.logits.dtype), 1e-4)  # some families always compute norms in float32
     if not (old - new).abs().max() <= allowed * old.abs().max():
         raise UserError(f"{name}: folding its layer norms changes its predictions, so processed_weights cannot be had "
                         "for this architecture")

@@ -191,7 +191,7 @@ def subject_from_model(
     use_short_attention(model)
     vocab_size = getattr(config, "vocab_size", None) or getattr(config, "d_vocab", None)
     if not vocab_size:
-        raise UserError(f"{name}: its configuration says no vocab_size, so it is no language model; Subject.from_module takes any module")
+        raise UserError(f"{name}: its configuration says no vocab_size, so it is no language model")
     device = next((p.device for p in model.parameters()), None)
     structure, points, trace = hook_points(model, probe_tokens(vocab_size, device=device), name)
     return Subject(model, points, name=name, tokenizer=tokenizer, structure=structure, head=checked_head(model, structure, trace, name))
@@ -227,8 +227,10 @@ def _load_model(source: str, dtype: str, name: str) -> nn.Module:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its report of missing tensors is an error here
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype_named(dtype), local_files_only=not hub_reachable(), output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype_named(dtype), local_files_only=not hub_reachable(), output_loading_info=True,
+            ignore_mismatched_sizes=True)  # they are refused below, by name
+        model, info = loaded
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, safetensors, zipfile, and packages for quantized weights have their own
@@ -323,13 +325,15 @@ def tiny_model(
     vocab_size: int = 37,
     dtype: str = "float32",
     seed: int = 0,
+    sizes: dict[str, Any] | None = None,  # All size keys of its config, instead of the usual tiny ones
     **overrides: Any,
 ) -> nn.Module:  # A randomly initialised causal language model
     "A tiny random model of any architecture, without dropout; further keywords are keys of its transformers config."
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {**_TINY.get(model_type, _TINY_LLAMA), **overrides}
-    if model_type.startswith("gemma"):
+    usual = sizes is None
+    sizes = {**(_TINY.get(model_type, _TINY_LLAMA) if sizes is None else sizes), **overrides}
+    if model_type.startswith("gemma") and usual:
         sizes = {"sliding_window": 4, "query_pre_attn_scalar": 8} | sizes
     quiet = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if model_type == "gpt2" else {}
