@@ -18,17 +18,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-<<<<<<< ours
-from e2e_sae_nb.core import UserError, atomic_path, generator
-from e2e_sae_nb.features import Positions
-=======
-from e2e_sae_nb.core import UserError, atomic_path, generator, wide
->>>>>>> theirs
-from e2e_sae_nb.losses import kl_orig_to_new
-from e2e_sae_nb.models import Subject
-from e2e_sae_nb.sae import SAE
-from e2e_sae_nb.splicing import splice
-from e2e_sae_nb.token_texts import TokenTexts
+from .core import UserError, atomic_path, generator, wide
+from .features import Positions
+from .losses import kl_orig_to_new
+from .models import Subject
+from .sae import SAE
+from .splicing import splice
+from .token_texts import TokenTexts
 
 # %% ../nbs/46_generate.ipynb #d46cd60f
 class Reader:

@@ -7,7 +7,7 @@ __all__ = ['rounding_error', 'linear_error', 'Parts', 'is_attention', 'within', 
            'multipliers', 'fits', 'contributions', 'find_parts', 'linear_map', 'points_of', 'prove', 'hook_points',
            'text_config']
 
-# %% ../nbs/04ab_inner.ipynb #5061a06b
+# %% ../nbs/04ab_inner.ipynb #9a202854
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .core import UserError
 from .layouts import Edit, Point, hooked
-from .structure import Call, Structure, Trace, find_structure, run_arguments, watch
+from .structure import Call, Structure, Trace, find_structure, product_rounding, run_arguments, watch
 
 # %% ../nbs/04ab_inner.ipynb #668d2ff8
 def rounding_error(found: Tensor, expected: Tensor, parts: Iterable[Tensor], ulps: float = 8) -> float:
@@ -30,7 +30,7 @@ def rounding_error(found: Tensor, expected: Tensor, parts: Iterable[Tensor], ulp
 def linear_error(found: Tensor, expected: Tensor) -> float:
     "The same for a product with a matrix, in which every element is a sum: relative to the largest element."
     info, size = torch.finfo(found.dtype), expected.double().abs().max() + found.double().abs().max()
-    return float((found.double() - expected.double()).abs().max() / (1e3 * info.eps * size + info.tiny))
+    return float((found.double() - expected.double()).abs().max() / (product_rounding(found.dtype) * size + info.tiny))
 
 # %% ../nbs/04ab_inner.ipynb #495b245f
 @dataclass
@@ -85,13 +85,15 @@ def block_calls(trace: Trace, block: Call) -> tuple[list[Call], list[Call]]:
     return attention, [c for c in inside if c not in attention]
 
 # %% ../nbs/04ab_inner.ipynb #56a82db3
-def multipliers(block: Call, a: Call, m: Call) -> tuple[float, float]:
-    "The least-squares alpha and beta."
+def multipliers(block: Call, a: Call, m: Call) -> tuple[list[float], list[float]]:
+    "The least-squares alpha and beta, and how far rounding may have moved each."
     assert block.x is not None and block.y is not None and a.y is not None and m.y is not None
     columns = torch.stack([a.y.double().flatten(), m.y.double().flatten()], 1)
     target = (block.y.double() - block.x.double()).flatten()[:, None]
-    alpha, beta = torch.linalg.lstsq(columns, target).solution.flatten().tolist()
-    return alpha, beta
+    found = torch.linalg.lstsq(columns, target).solution
+    noise = (target - columns @ found).pow(2).mean()
+    spread = (torch.linalg.pinv(columns.T @ columns).diagonal().clamp_min(0) * noise).sqrt()
+    return found.flatten().tolist(), (6 * spread + 1e-5).tolist()
 
 # %% ../nbs/04ab_inner.ipynb #9e8fadc6
 def fits(block: Call, a: Call, m: Call, alpha: float = 1.0, beta: float = 1.0) -> bool:
@@ -116,12 +118,14 @@ def contributions(
     "a, m, alpha and beta: without multipliers, with a number of the configuration, or as measured."
     pairs = [(a, m) for a in attention for m in others]
     for a, m in pairs:
-        if fits(block, a, m):
-            return a, m, 1.0, 1.0
+        if fits(block, a, m):  # in 16 bit, 0.99 would pass for 1 element by element, but not in the mean
+            (alpha, beta), (first, second) = multipliers(block, a, m)
+            if abs(alpha - 1) <= first and abs(beta - 1) <= second:
+                return a, m, 1.0, 1.0
     for a, m in pairs:
-        near = alpha, beta = multipliers(block, a, m)
-        told = tuple(next((n for n in numbers if abs(n - v) < 1e-3 * abs(v)), v) for v in near)
-        for alpha, beta in (told, near):
+        measured, spread = multipliers(block, a, m)
+        told = [next((n for n in numbers if abs(n - v) <= s), v) for v, s in zip(measured, spread, strict=True)]
+        for alpha, beta in (told, measured):
             if fits(block, a, m, alpha, beta):
                 return a, m, alpha, beta
     return None
@@ -351,7 +355,8 @@ def prove(
     noise = _Noise()
     old, new = noise.old, noise.new
     watchers = _watchers(structure, parts, noise)
-    after = [(points[key], lambda x, key=key: old.__setitem__(key, x.clone())) for key in points if key.endswith("resid_post")]
+    ends = [key for key in points if key.endswith("resid_post")]
+    after = [(points[key], lambda x, key=key: old.__setitem__(key, x.clone())) for key in ends]
     writers = [(p, noise.write(key)) for key, p in points.items() if not key.endswith(("mlp.hook_in", "resid_post"))]
     first, behind = ([pair for pair in watchers if (pair[0].name == "mid") == last] for last in (False, True))
     with torch.no_grad(), hooked(model, [*after, *first, *writers, *behind]):

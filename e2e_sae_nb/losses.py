@@ -277,7 +277,7 @@ def kl_term(
 ) -> Float[Tensor, ""]:
     "Mean KL(orig || new) over the tokens that count, without full logits where the head is a plain linear map."
     orig, new = (h.flatten(0, -2) if keep is None else h[keep] for h in (orig, new))
-    if head is not None and isinstance(head.linear, torch.nn.Linear):
+    if head is not None and isinstance(head.linear, torch.nn.Linear) and head.linear.weight.is_floating_point():
         return linear_kl(head, orig, new, kept=logits)
     return kl_orig_to_new(*((orig, new) if head is None else (head(orig), head(new)))).mean()
 

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from .attention import use_short_attention
 from .core import UserError, data_path, dtype_named, nearest, pick_device
+from .folders import check_finite, check_folder, check_loading
+from .folding import fold_weights
 from .inner import hook_points, linear_error, text_config
 from .layouts import Point
 from .structure import Structure, Trace, probe_tokens, run_arguments
@@ -51,7 +53,8 @@ def head_of(
         raise UserError("the model has no output embedding, so it predicts no tokens; a causal language model is needed")
     divisor = getattr(config, "logits_scaling", None)
     scale = 1.0 / divisor if divisor else float(getattr(config, "logit_scale", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "output_logits_soft_cap", None)
+    names = ("final_logit_softcapping", "output_logits_soft_cap", "logits_soft_cap")
+    cap = next((value for name in names if (value := getattr(config, name, None))), None)
     return Head(linear, scale, cap if cap and cap > 0 else None)
 
 # %% ../nbs/05_models.ipynb #39cefb01
@@ -169,11 +172,10 @@ def load_subject(
     "Load a causal language model as a frozen `Subject`."
     source, where = find_source(str(name)), pick_device(device)
     tokenizer = _load_tokenizer(tokenizer_name or source, required=tokenizer_name is not None)
+    model = _load_model(source, dtype, str(name)).to(where).eval()
     if processed_weights:
-        model = open_bridge(source, dtype=dtype, processed=True).original_model
-    else:
-        model = _load_model(source, dtype)
-    return subject_from_model(model.to(where), name=str(name), tokenizer=tokenizer)
+        fold_weights(model, probe_tokens(text_config(model).vocab_size, device=where), str(name))
+    return subject_from_model(model, name=str(name), tokenizer=tokenizer)
 
 # %% ../nbs/05_models.ipynb #affe693f
 def subject_from_model(
@@ -189,7 +191,7 @@ def subject_from_model(
     use_short_attention(model)
     vocab_size = getattr(config, "vocab_size", None) or getattr(config, "d_vocab", None)
     if not vocab_size:
-        raise UserError(f"{name}: its configuration says no vocab_size, so it is no language model; Subject.from_module takes any module")
+        raise UserError(f"{name}: its configuration says no vocab_size, so it is no language model")
     device = next((p.device for p in model.parameters()), None)
     structure, points, trace = hook_points(model, probe_tokens(vocab_size, device=device), name)
     return Subject(model, points, name=name, tokenizer=tokenizer, structure=structure, head=checked_head(model, structure, trace, name))
@@ -203,8 +205,7 @@ def find_source(
         return str(data_path("docstrings-lm"))
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{name} holds no config.json; a model folder is what transformers' save_pretrained writes")
+        check_folder(path)
         return str(path)
     if path.suffix in (".pt", ".pth", ".bin", ".pkl"):
         raise UserError(f"{name}: a pickled HookedTransformer cannot be loaded safely; convert it to a Hugging Face folder "
@@ -217,20 +218,30 @@ def find_source(
         return next((official for official, aliases in MODEL_ALIASES.items() if name in aliases), name)
     return name
 
-
-def _load_model(source: str, dtype: str) -> nn.Module:
+# %% ../nbs/05_models.ipynb #1f9ad546
+def _load_model(source: str, dtype: str, name: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report of missing tensors is an error here
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype_named(dtype), local_files_only=not hub_reachable())
-    except (OSError, ValueError, KeyError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype_named(dtype), local_files_only=not hub_reachable(), output_loading_info=True,
+            ignore_mismatched_sizes=True)  # they are refused below, by name
+        model, info = loaded
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers, safetensors, zipfile, and packages for quantized weights have their own
         raise UserError(unreachable(source, error)) from None
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
+    check_loading(name, model, info)
+    check_finite(name, model)
+    return model
 
 # %% ../nbs/05_models.ipynb #e8e0c29d
 def _load_tokenizer(source: str, required: bool) -> Any:
@@ -238,10 +249,12 @@ def _load_tokenizer(source: str, required: bool) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(source, local_files_only=not hub_reachable())
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:  # a model folder need not hold one
+    except Exception as error:  # the tokenizers package raises plain exceptions
         if required:
             raise UserError(unreachable(source, error)) from None
-        return None
+        if (Path(source) / "tokenizer.json").is_file():
+            raise UserError(f"{source}/tokenizer.json cannot be read: {_reason(error)}; replace it or remove it") from None
+        return None  # a model folder need not hold one
 
 
 @lru_cache
@@ -261,12 +274,19 @@ def hub_reachable() -> bool:
 
 def unreachable(source: str, error: Exception) -> str:
     "What to say when a model cannot be loaded."
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = _reason(error)
+    if "Unrecognized configuration class" in reason:
+        reason = "its architecture is no decoder-only language model (an encoder, or an encoder with a decoder)"
     if Path(source).is_dir():
         return f"the folder {source} cannot be loaded as a causal language model: {reason}"
     return (f"cannot load {source!r} ({reason}). If the name is right, the Hub may be out of reach; offline, give a local folder "
             "written by save_pretrained (tlens_model_path in a config), a model already in the Hugging Face cache, "
             "or 'docstrings', the embedded model")
+
+# %% ../nbs/05_models.ipynb #f6aa38c4
+def _reason(error: BaseException) -> str:
+    "The first line of what went wrong."
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 # %% ../nbs/05_models.ipynb #29c79223
 def open_bridge(
@@ -305,13 +325,15 @@ def tiny_model(
     vocab_size: int = 37,
     dtype: str = "float32",
     seed: int = 0,
+    sizes: dict[str, Any] | None = None,  # All size keys of its config, instead of the usual tiny ones
     **overrides: Any,
 ) -> nn.Module:  # A randomly initialised causal language model
     "A tiny random model of any architecture, without dropout; further keywords are keys of its transformers config."
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {**_TINY.get(model_type, _TINY_LLAMA), **overrides}
-    if model_type.startswith("gemma"):
+    usual = sizes is None
+    sizes = {**(_TINY.get(model_type, _TINY_LLAMA) if sizes is None else sizes), **overrides}
+    if model_type.startswith("gemma") and usual:
         sizes = {"sliding_window": 4, "query_pre_attn_scalar": 8} | sizes
     quiet = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if model_type == "gpt2" else {}

@@ -155,3 +155,102 @@ def test_folder_without_weights(tmp_path):
     tiny_model("gpt2").config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="cannot be loaded"):
         load_subject(tmp_path)
+
+
+def randomized(model_type, folder, **more):
+    "Saved, with norms and biases that matter: a fresh model's are ones and zeros."
+    model = tiny_model(model_type, **more)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(data_path("docstrings-lm")).save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "llama", "qwen2", "gemma2", "mistral", "gpt_neo", "qwen3"])
+def test_processed_weights(model_type, tmp_path):
+    "Plain modules, the same hook points and predictions; the residual stream is TransformerLens' processed one."
+    plain_model = randomized(model_type, tmp_path)
+    subject = load_subject(tmp_path, dtype="float64", device="cpu", processed_weights=True)
+    plain = load_subject(tmp_path, dtype="float64", device="cpu")
+    assert list(subject.points) == list(plain.points) and type(subject.model) is type(plain_model)
+    assert isinstance(subject.head.linear, torch.nn.Linear)  # the fused divergence applies
+    assert torch.allclose(subject(TOKENS).log_softmax(-1), plain(TOKENS).log_softmax(-1), rtol=0, atol=1e-4)
+    check_replay(subject)
+    for name, point in subject.points.items():
+        with splice(subject, {name: SAE(point.width, 32, dtype=torch.float64)}) as seen:
+            assert not torch.allclose(subject(TOKENS), plain(TOKENS), atol=1e-3) and name in seen
+    centred = model_type in ("gpt2", "gpt_neox", "gpt_neo")
+    bridge = open_bridge(tmp_path, dtype="float64", processed=True)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(TOKENS)
+    names = [name for name in subject.points if name.endswith(("resid_pre", "resid_post", "attn.hook_z"))]
+    ours = original_pass(subject, TOKENS, names).activations
+    for name in names:
+        if "resid" in name:
+            assert (ours[name].mean(-1).abs().max() < 1e-5) == centred, name
+        theirs = cache[name].reshape(ours[name].shape)
+        assert torch.allclose(ours[name], theirs, rtol=0, atol=1e-3), name
+
+
+def test_untied_on_processing():
+    "The unembedding is centred, the embedding it was tied to is not touched by that."
+    from e2e_sae_nb.folding import fold_weights
+    from e2e_sae_nb.structure import probe_tokens
+
+    model = tiny_model("gpt2", dtype="float64")
+    before = model.transformer.wte.weight.clone()
+    fold_weights(model, probe_tokens(37))
+    assert model.lm_head.weight.mean(0).abs().max() < 1e-12
+    assert torch.allclose(model.transformer.wte.weight, before - before.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("drop, says", [("layers.1.mlp", "would be random: model.layers.1.mlp.down_proj.weight"), (None, "holds NaN"),
+                                        ("extra", "no place for: model.layers.0.self_attn.q_norm.weight"),
+                                        ("shape", "q_proj")])
+def test_weights_that_are_not_the_models(drop, says, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if drop is None:
+        weights["model.layers.2.mlp.up_proj.weight"][0, 0] = torch.nan
+    elif drop == "extra":
+        weights["model.layers.0.self_attn.q_norm.weight"] = torch.ones(8)
+    elif drop == "shape":
+        weights["model.layers.0.self_attn.q_proj.weight"] = torch.ones(3, 3)
+    else:
+        weights = {key: value for key, value in weights.items() if drop not in key}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=says) as caught:
+        load_subject(tmp_path, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("model.safetensors", b"\x10", "no complete safetensors"), ("config.json", b"{", "cannot be read as JSON"),
+    ("config.json", b"{}", "no model_type"), ("adapter_config.json", b'{"base_model_name_or_path": "b"}', "adapter for b"),
+    ("tokenizer.json", b"{", "tokenizer.json cannot be read"), ("config.json", b'{"model_type": "t5"}', "encoder")])
+def test_folders_as_they_are_found(name, content, says, tmp_path):
+    tiny_model("gpt2", vocab_size=64).save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=says) as caught:
+        load_subject(tmp_path, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_any_module_with_logits():
+    "What is no transformer can still be explained by hand: every module's output is a hook point."
+    from e2e_sae_nb.losses import e2e_loss, make_plan, objective, run_original
+    from e2e_sae_nb.models import Subject
+
+    mamba = Subject.from_module(tiny_model("mamba", sizes={"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}))
+    place = next(name for name in mamba.points if name.endswith("layers.0"))
+    saes, loss = {place: SAE(16, 48)}, e2e_loss(1e-3)
+    plan = make_plan(mamba, [place], loss)
+    result = objective(mamba, run_original(mamba, TOKENS, plan), saes, loss, plan)
+    result.total.backward()
+    assert result.terms["logits_kl"] > 0 and saes[place].W_enc.grad.abs().max() > 0
