@@ -117,7 +117,7 @@ def main(what: str) -> None:
             if what == "features":
                 from e2e_sae_nb.dashboard import features
                 from e2e_sae_nb.state import subject_for
-                features(runs["e2e"], subject_for(runs["e2e"].config), n_tokens=256).save(Path(folder, "features.html"))
+                features(runs["e2e"], subject_for(runs["e2e"].config), n_tokens=256).write(Path(folder, "features.html"))
             if what == "generate":
                 from e2e_sae_nb.generation import Sampling
                 print(Sampling(temperature=1.0).choose(torch.randn(4096).to(DEVICE), 0))
