@@ -6,7 +6,8 @@
 __all__ = ['FORMAT_VERSION', 'DTYPES', 'WITHOUT_FLOAT64', 'T', 'UserError', 'nearest', 'repo_root', 'data_path', 'cache_dir',
            'atomic_path', 'flush', 'move', 'write_json', 'read_json', 'safe_name', 'config_hash', 'git_commit',
            'versions', 'provenance', 'load_result', 'check_format', 'generator', 'pick_device', 'dtype_named', 'wide',
-           'show_progress', 'progress', 'say', 'say_once', 'reset_peak_memory', 'peak_memory_bytes', 'Stopwatch']
+           'existing', 'show_progress', 'progress', 'say', 'say_once', 'reset_peak_memory', 'peak_memory_bytes',
+           'Stopwatch']
 
 # %% ../nbs/00_core.ipynb #68950cb8
 import contextlib
@@ -283,6 +284,15 @@ def wide(
 ) -> torch.Tensor:  # float64, on the tensor's device; on the CPU if the device has no such numbers
     "The same numbers in double precision."
     return (x.cpu() if x.device.type in WITHOUT_FLOAT64 else x).to(torch.float64)
+
+# %% ../nbs/00_core.ipynb #5e1f0a32
+def existing(
+    tokenizer: Any,  # A transformers tokenizer, or None
+) -> Any:
+    "None in place of a tokenizer without words, which transformers makes of a folder that has none (of GPT-2's family, for instance)."
+    vocabulary = getattr(tokenizer, "get_vocab", None)
+    empty = vocabulary is not None and len(vocabulary()) <= len(set(tokenizer.all_special_ids))
+    return None if empty else tokenizer
 
 # %% ../nbs/00_core.ipynb #7909bba4
 T = TypeVar("T")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['own_splits', 'choose_side', 'check_source', 'read_documents', 'tokenize', 'ended_ids', 'id_rows', 'read_rows',
            'ArrayRows', 'buffered', 'StreamedRows', 'check_position', 'TokenStream', 'check_stream', 'open_stream',
-           'warn_of_other_data', 'docstring_tokens', 'check_beginning', 'tokenizer_for', 'existing', 'keep_mask',
+           'warn_of_other_data', 'docstring_tokens', 'check_beginning', 'tokenizer_for', 'keep_mask',
            'special_token_ids']
 
 # %% ../nbs/04_data.ipynb #e9167def
@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from .core import UserError, data_path, generator, read_json, say, say_once
+from .core import UserError, data_path, existing, generator, read_json, say, say_once
 from .corpus import PACKAGES, docstring_corpus
 from .documents import DataConfig, Role, cut, local_files, open_documents, pack, sided, values_of
 from .fingerprints import changed, data_fingerprint, of_tokens
@@ -347,12 +347,6 @@ def tokenizer_for(config: DataConfig, tokenizer: Any = None) -> Any:
     if config.add_bos and (stored or getattr(tokenizer, "bos_token_id", None) is None):
         raise UserError("add_bos needs a dataset other than 'docstrings' and a tokenizer with a beginning-of-text token")
     return tokenizer
-
-# %% ../nbs/04_data.ipynb #158ed0b4
-def existing(tokenizer: Any) -> Any:
-    "None in place of a tokenizer without words, which transformers makes of a folder that has none (of GPT-2's family, for instance)."
-    vocabulary = getattr(tokenizer, "get_vocab", None)
-    return None if vocabulary is not None and len(vocabulary()) <= len(set(tokenizer.all_special_ids)) else tokenizer
 
 # %% ../nbs/04_data.ipynb #12e0ed93
 def keep_mask(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core import UserError
+from .core import UserError, say, wide
 from .inner import Parts, is_attention, linear_error, linear_map, points_of, same, text_config, within
 from .structure import Call, Trace, find_structure, product_rounding, run_arguments, watch
 
@@ -26,7 +26,7 @@ def _set(parameter: Tensor, value: Tensor) -> None:
 def add_bias(linear: nn.Module, extra: Tensor) -> None:
     "Add to a linear map's bias; a map without one gets one if there is something to add."
     if linear.bias is not None:
-        _set(linear.bias, linear.bias.double() + extra)  # type: ignore[arg-type, operator]
+        _set(linear.bias, wide(linear.bias) + extra)  # type: ignore[arg-type, operator]
     elif extra.abs().max() > 0:
         bias = extra.to(linear.weight.dtype)  # type: ignore[arg-type]
         linear.bias = nn.Parameter(bias, requires_grad=False)
@@ -35,7 +35,7 @@ def add_bias(linear: nn.Module, extra: Tensor) -> None:
 def matrix(linear: nn.Module) -> Tensor:
     "W [out in] in float64, whichever way the module holds it."
     weight: Tensor = linear.weight  # type: ignore[assignment]
-    return (weight if isinstance(linear, nn.Linear) else weight.T).double()
+    return wide(weight if isinstance(linear, nn.Linear) else weight.T)
 
 # %% ../nbs/04ad_folding.ipynb #3e2e6114
 def set_matrix(linear: nn.Module, value: Tensor) -> None:
@@ -48,7 +48,7 @@ def centre_output(linear: nn.Module) -> None:
     w = matrix(linear)
     set_matrix(linear, w - w.mean(0))
     if linear.bias is not None:
-        add_bias(linear, -linear.bias.double().mean().expand(len(w)))  # type: ignore[union-attr, operator]
+        add_bias(linear, -wide(linear.bias).mean().expand(len(w)))  # type: ignore[union-attr, operator]
 
 # %% ../nbs/04ad_folding.ipynb #4a636355
 def readers_of(trace: Trace, norm: Call) -> list[Call]:
@@ -66,7 +66,7 @@ def fold_norm(trace: Trace, norm: Call) -> bool:
     if weight is None or not vectors or x is None or not readers or any(True for _ in module.children()) or not all(
             norm.y is not None and linear_map(c.module, norm.y) is not None for c in readers):
         return False
-    kept, shift = weight.detach().double().clone(), None if bias is None else bias.detach().double().clone()
+    kept, shift = wide(weight.detach()).clone(), None if bias is None else wide(bias.detach()).clone()
     weight.zero_()
     if bias is not None:
         bias.zero_()
@@ -104,7 +104,7 @@ def fold_value_biases(model: nn.Module, tokens: Tensor, trace: Trace, block: Cal
         model(tokens, **run_arguments(model))
         z = caught[0]
         grads = torch.autograd.grad(z.sum(), biases, allow_unused=True)
-    value = z.detach()[0, 0].double()
+    value = wide(z.detach()[0, 0])
     counts = [grad / z[..., 0].numel() for grad in grads if grad is not None]  # how often each entry arrives
     constant = linear_error(z.detach(), value.expand_as(z).to(z.dtype)) <= 1
     if not constant or any((count - count.round()).abs().max() > 1e-2 for count in counts):
@@ -139,7 +139,7 @@ def centre_stream(trace: Trace, blocks: list[Call], parts: list[Parts], tail: li
         centre_output(part.post.module)
     for call in leaves:
         if isinstance(call.module, nn.Embedding) and call.end <= blocks[0].begin:
-            w = call.module.weight.double()
+            w = wide(call.module.weight)
             _set(call.module.weight, w - w.mean(1, keepdim=True))
     return True
 
@@ -159,7 +159,9 @@ def fold_weights(
     head, tail = trace.calls[structure.head][0], [trace.calls[path][0] for path in structure.tail]
     if isinstance(head.module, nn.Linear):  # no longer the embedding's
         head.module.weight = nn.Parameter(head.module.weight.detach().clone(), requires_grad=False)
-    centre_stream(trace, blocks, parts, tail)
+    if not centre_stream(trace, blocks, parts, tail) and any(isinstance(c.module, nn.LayerNorm) for c in trace.order):
+        say(f"{name}: processed_weights folds this network's norms, but its residual stream cannot be centred, since "
+            "something reads its mean; SAEs trained on a centred stream do not fit", always=True)
     for block, part in zip(blocks, parts, strict=True):
         for call in [c for c in trace.order if within(c, block) and len(trace.calls[c.path]) == 1]:
             if same(call.x, block.x) or (part.mid is not None and same(call.x, part.mid.x)):
@@ -171,7 +173,7 @@ def fold_weights(
     capped: Any = getattr(text_config(model), "final_logit_softcapping", None)
     if isinstance(head.module, nn.Linear) and not capped:
         centre_output(head.module)
-    old, new = (x.double().log_softmax(-1) for x in (trace.logits, watch(model, tokens).logits))
+    old, new = (wide(x).log_softmax(-1) for x in (trace.logits, watch(model, tokens).logits))
     allowed = max(product_rounding(trace.logits.dtype), 1e-4)  # some families always compute norms in float32
     if not (old - new).abs().max() <= allowed * old.abs().max():
         raise UserError(f"{name}: folding its layer norms changes its predictions, so processed_weights cannot be had "

@@ -15,22 +15,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .core import UserError
+from .core import UserError, wide
 from .layouts import Edit, Point, hooked
 from .structure import Call, Structure, Trace, find_structure, product_rounding, run_arguments, watch
 
 # %% ../nbs/04ab_inner.ipynb #668d2ff8
+@torch.no_grad()
 def rounding_error(found: Tensor, expected: Tensor, parts: Iterable[Tensor], ulps: float = 8) -> float:
     "The largest |found - expected| in units of the allowed rounding; at most 1 is equal."
-    size = torch.stack([expected.double().abs(), *(part.double().abs() for part in parts)]).amax(0)
+    size = torch.stack([wide(expected).abs(), *(wide(part).abs() for part in parts)]).amax(0)
     allowed = ulps * torch.finfo(found.dtype).eps * size + torch.finfo(found.dtype).tiny
-    return float(((found.double() - expected.double()).abs() / allowed).max())
+    return float(((wide(found) - wide(expected)).abs() / allowed).max())
 
 # %% ../nbs/04ab_inner.ipynb #c5369e49
+@torch.no_grad()
 def linear_error(found: Tensor, expected: Tensor) -> float:
     "The same for a product with a matrix, in which every element is a sum: relative to the largest element."
-    info, size = torch.finfo(found.dtype), expected.double().abs().max() + found.double().abs().max()
-    return float((found.double() - expected.double()).abs().max() / (product_rounding(found.dtype) * size + info.tiny))
+    info, size = torch.finfo(found.dtype), wide(expected).abs().max() + wide(found).abs().max()
+    return float((wide(found) - wide(expected)).abs().max() / (product_rounding(found.dtype) * size + info.tiny))
 
 # %% ../nbs/04ab_inner.ipynb #495b245f
 @dataclass
@@ -88,8 +90,8 @@ def block_calls(trace: Trace, block: Call) -> tuple[list[Call], list[Call]]:
 def multipliers(block: Call, a: Call, m: Call) -> tuple[list[float], list[float]]:
     "The least-squares alpha and beta, and how far rounding may have moved each."
     assert block.x is not None and block.y is not None and a.y is not None and m.y is not None
-    columns = torch.stack([a.y.double().flatten(), m.y.double().flatten()], 1)
-    target = (block.y.double() - block.x.double()).flatten()[:, None]
+    columns = torch.stack([wide(a.y).flatten(), wide(m.y).flatten()], 1)
+    target = (wide(block.y) - wide(block.x)).flatten()[:, None]
     found = torch.linalg.lstsq(columns, target).solution
     noise = (target - columns @ found).pow(2).mean()
     spread = (torch.linalg.pinv(columns.T @ columns).diagonal().clamp_min(0) * noise).sqrt()
@@ -101,7 +103,7 @@ def fits(block: Call, a: Call, m: Call, alpha: float = 1.0, beta: float = 1.0) -
     assert block.x is not None and block.y is not None and a.y is not None and m.y is not None
     if not all(1e-4 < abs(v) < 1e4 for v in (alpha, beta)):
         return False
-    x, y, first, second = (t.double() for t in (block.x, block.y, a.y, m.y))
+    x, y, first, second = (wide(t) for t in (block.x, block.y, a.y, m.y))
     parts, sums = [x, alpha * first, beta * second], x + alpha * first + beta * second
     size = torch.stack([t.abs() for t in (*parts, y)]).amax(0) + 1e-300
     error = ((sums - y) / size).norm()
@@ -265,7 +267,7 @@ class _Noise:
     def write(self, key: str) -> Edit:
         def function(x: Tensor) -> Tensor:
             noise = torch.randn(x.shape, generator=self.generator).to(x.device, x.dtype)
-            self.old[key], self.new[key] = x.clone(), (x + 0.5 * x.double().pow(2).mean().sqrt().to(x.dtype) * noise)
+            self.old[key], self.new[key] = x.clone(), (x + 0.5 * wide(x).pow(2).mean().sqrt().to(x) * noise)
             return self.new[key].clone()
         return function
 

@@ -95,7 +95,8 @@ def measure_rates(
 ) -> Rates:
     "The rates of float32 and bfloat16 products; it gives up early where 16 bit is much slower."
     clock, rates = Stopwatch(), None
-    for rung in ({_first(p) for p in products}, {cut(p, LARGE.get(device.type, 2**28)) for p in products}):
+    large = LARGE[device.type] if device.type in LARGE else 2**28
+    for rung in ({_first(p) for p in products}, {cut(p, large) for p in products}):
         spent = {False: 0.0, True: 0.0}
         for product in sorted(rung):
             for low, best in _fastest(product, device, seconds, lambda: float(clock) > budget).items():

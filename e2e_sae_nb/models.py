@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .attention import use_short_attention
-from .core import UserError, data_path, dtype_named, nearest, pick_device
+from .core import UserError, data_path, dtype_named, existing, nearest, pick_device, wide
 from .folders import check_finite, check_folder, check_loading
 from .folding import fold_weights
 from .inner import hook_points, linear_error, text_config
@@ -71,7 +71,7 @@ def checked_head(
     assert hidden is not None
     told = head_of(model, call.module)
     raw = call.module(hidden)
-    factor = float((raw.double() * logits.double()).sum() / raw.double().pow(2).sum())
+    factor = float((wide(raw) * wide(logits)).sum() / wide(raw).pow(2).sum())
     for head in (told, Head(call.module), Head(call.module, told.scale), Head(call.module, factor)):
         if raw.shape == logits.shape and linear_error(head(hidden).to(logits.dtype), logits) <= 1:
             return head
@@ -248,7 +248,7 @@ def _load_tokenizer(source: str, required: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=not hub_reachable())
+        return existing(AutoTokenizer.from_pretrained(source, local_files_only=not hub_reachable()))
     except Exception as error:  # the tokenizers package raises plain exceptions
         if required:
             raise UserError(unreachable(source, error)) from None

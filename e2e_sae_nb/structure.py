@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .core import UserError
+from .core import UserError, wide
 from .layouts import first_of, incoming
 
 # %% ../nbs/04aa_structure.ipynb #7e4bb469
@@ -234,7 +234,7 @@ def _find_tail(trace: Trace, last: Call, head: Call, kind: str) -> tuple[list[Ca
     if alike(at, head.x):
         return tail, 1.0
     if at.shape == head.x.shape:
-        ratio = float((at.double() * at.double()).sum() / (at.double() * head.x.double()).sum())
+        ratio = float((wide(at) * wide(at)).sum() / (wide(at) * wide(head.x)).sum())
         if (at / ratio - head.x).abs().max() <= 8 * torch.finfo(at.dtype).eps * head.x.abs().max():
             return tail, ratio
     raise UserError(f"{kind} changes the last hidden states before the unembedding in a way that no module does, "
