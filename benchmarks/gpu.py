@@ -106,7 +106,7 @@ def conduct(a: argparse.Namespace) -> None:
             continue
         clock, code = time.time(), None
         command = [sys.executable, __file__, *sys.argv[1:], "--stage", name, "--until", str(clock + limit)]
-        with open(a.out / f"{name}.log", "w") as log:
+        with open(a.out / f"{name}.log", "w", encoding="utf-8") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT, cwd=ROOT, start_new_session=True)
             try:
                 code = process.wait(limit + 5)

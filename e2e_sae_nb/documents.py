@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .core import UserError, nearest, say_once, show_progress
-from .readers import LARGE, Part, local_blocks, read_blocks
+from .readers import LARGE, Part, local_blocks, part_size, read_blocks
 from .remote import is_path, is_url, persistent, remote_examples
 
 # %% ../nbs/03a_documents.ipynb #cc9dc731
@@ -163,7 +163,9 @@ def text_examples(
         path = Path(name)
         kind = path.suffix.lower()
         try:
-            keys = text | {"divided": len(files) == 1 or path.stat().st_size > LARGE} if kind == ".txt" else {}
+            size = path.stat().st_size
+            divided = part_size(size) if len(files) == 1 or size > LARGE else 0
+            keys = text | {"divided": divided} if kind == ".txt" else {}
             yield from read_blocks(kind, local_blocks(path), name, columns, **keys)
         except OSError as error:
             raise UserError(f"{name} cannot be read: {error.strerror or error}") from None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'PART', 'LARGE', 'READERS', 'local_blocks', 'characters', 'byte_lines', 'picked', 'json_lines', 'json_values',
-           'csv_rows', 'Part', 'parts', 'text_documents', 'read_blocks']
+           'csv_rows', 'part_size', 'Part', 'parts', 'text_documents', 'read_blocks']
 
 # %% ../nbs/01a_readers.ipynb #45782410
 import codecs
@@ -160,6 +160,13 @@ PART = 2**14  # characters
 LARGE = 2**24  # bytes
 
 
+def part_size(
+    size: int,  # Bytes of the text
+) -> int:  # Characters
+    "How long the parts of a text are: `PART`, and less for short texts, so that these have some hundred parts, too."
+    return min(PART, max(2**10, size // 256))
+
+
 class Part(str):
     "A text that goes on in the next one."
 
@@ -191,7 +198,7 @@ def text_documents(
     name: str,
     columns: Sequence[str],
     lines: bool = False,  # Each line is a document
-    divided: bool = False,  # Read in parts
+    divided: int = 0,  # Read in parts of about so many characters; 0: as one
     tally: dict[str, int] | None = None,  # Counts of files, documents and blank lines, to be added to
 ) -> Iterator[dict[str, Any]]:
     "The documents of a text file, as rows with the one column 'text'; blank ones are left out."
@@ -200,7 +207,7 @@ def text_documents(
     def rows() -> Iterator[tuple[str, Any]]:
         tally["files"] = tally.get("files", 0) + 1
         texts = characters(blocks, name)
-        documents = _lines_of(texts) if lines else parts(texts) if divided else iter(["".join(texts)])
+        documents = _lines_of(texts) if lines else parts(texts, divided) if divided else iter(["".join(texts)])
         for number, text in enumerate(documents, start=1):
             blank = not text or text.isspace()
             whole = number == 1 and not isinstance(text, Part)  # not the blank end of a text in parts, which belongs to it

@@ -24,7 +24,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import Request, urlopen
 
 from .core import UserError, nearest, say
-from .readers import LARGE, read_blocks
+from .readers import LARGE, part_size, read_blocks
 
 # %% ../nbs/02a_remote.ipynb #40dd64d4
 def lasting(error: BaseException) -> bool:
@@ -231,7 +231,7 @@ def remote_examples(
             yield from _parquet(file, [column, *further], limit, workers)
             continue
         known = fetch(file, 0, 1, limit)
-        keys = text | {"divided": len(files) == 1 or known.size > LARGE} if suffix(file) == ".txt" else {}
+        keys = text | {"divided": part_size(known.size) if len(files) == 1 or known.size > LARGE else 0} if suffix(file) == ".txt" else {}
         yield from read_blocks(suffix(file), _blocks(file, known, limit, workers), file, [column, *further], **keys)
 
 # %% ../nbs/02a_remote.ipynb #c8e4def1

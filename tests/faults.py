@@ -108,7 +108,7 @@ def content(runs: list[Path]) -> dict[str, object]:
         found[f"{run.name}/metrics"] = (run / "metrics.jsonl").read_text()
         for file in ("summary.json", "evaluation.json"):
             found[f"{run.name}/{file}"] = plain(json.loads((run / file).read_text()))
-        found[f"{run.name}/left"] = [str(p) for p in run.rglob(".*")]
+        found[f"{run.name}/left"] = [str(p) for p in run.rglob(".*") if p.name != ".lock"]
     return found
 
 

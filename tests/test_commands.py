@@ -148,7 +148,7 @@ def test_frontier_command(place, tmp_path):
 
 def test_train_lm_command(tmp_path):
     (tmp_path / "mine.txt").write_text("\n".join(f"line {i} says {i * 7 % 10} and then {i * 3 % 11}" for i in range(3000)))
-    done = cli("train-lm", "--data", tmp_path / "mine.txt", "--out", tmp_path / "lm", "--vocab-size", "300", "--eager", "--set", "n_layer=2",
+    done = cli("train-lm", "--data", tmp_path / "mine.txt", "--lines", "--out", tmp_path / "lm", "--vocab-size", "300", "--eager", "--set", "n_layer=2",
                "--set", "d_model=16", "--set", "n_head=2", "--set", "n_ctx=16", "--set", "batch_size=8", "--set", "epochs=0.3")
     assert done.returncode == 0, done.stderr[-2000:]
     from e2e_sae_nb import load_subject

@@ -24,9 +24,9 @@ def make(folder: Path, *words: str, python: str) -> subprocess.CompletedProcess:
     "A target in a folder that holds nothing but the Makefile, with a Python of the test's making."
     shutil.copy(ROOT / "Makefile", folder)
     made = program(folder / "python", python)
-    return subprocess.run(
-        [shutil.which("make"), *words, f"PYTHON={made}"], cwd=folder, capture_output=True, text=True, timeout=60
-    )
+    words = [shutil.which("make"), "--no-print-directory", *words, f"PYTHON={made}"]
+    free = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}  # these tests may run under make
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=60, env=free)
 
 
 def test_gpu_without_torch(tmp_path):
@@ -41,7 +41,7 @@ def test_gpu_without_torch(tmp_path):
 def test_gpu_without_a_device():
     "With a torch that finds none: one line, and a failure."
     words = [shutil.which("make"), "--no-print-directory", "test-gpu", "BIN=/nowhere", f"PYTHON={sys.executable}"]
-    free = {key: value for key, value in os.environ.items() if key != "E2E_SAE_TEST_DEVICE"}
+    free = {key: value for key, value in os.environ.items() if key != "E2E_SAE_TEST_DEVICE" and not key.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240, env=free)
     said = [line for line in (done.stdout + done.stderr).splitlines() if line and not line.startswith("make")]
     assert done.returncode != 0 and len(said) == 1 and "no CUDA device here" in said[0]
