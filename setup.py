@@ -67,6 +67,7 @@ setup(
         "tensorboard": ["tensorboard>=2.18"],
         "umap": ["umap-learn>=0.5.7"],
         "hub": ["huggingface_hub>=1.0"],
+        "gguf": ["gguf>=0.17", "accelerate>=1.0"],  # subjects from GGUF files; transformers wants both
     },
     entry_points={
         "console_scripts": shlex.split(cfg["console_scripts"]),

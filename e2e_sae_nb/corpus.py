@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'HELD_OUT_OF_256', 'END_OF_TEXT', 'python_files', 'read_docstrings', 'text_hash', 'split_by_hash',
-           'train_tokenizer', 'window_hashes', 'overlapping', 'Corpus', 'package_versions', 'docstring_corpus']
+           'train_tokenizer', 'window_hashes', 'overlapping', 'Corpus', 'package_versions', 'id_dtype',
+           'docstring_corpus', 'tokenizer_definition', 'has_words_of', 'corpus_for']
 
 # %% ../nbs/03_corpus.ipynb #51b4e041
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from .core import Stopwatch, UserError, atomic_path, cache_dir, config_hash, progress, read_json, say, write_json
+from .core import Stopwatch, UserError, atomic_path, cache_dir, config_hash, data_path, progress, read_json, say
+from .core import write_json
 from .docstrings import docstrings_in as docstrings_in  # it used to live here
 from .docstrings import docstrings_of
 
@@ -133,22 +137,34 @@ def _windows(documents: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, n
 class Corpus:
     "Token streams on disk and what they are."
 
-    folder: Path  # holds train.bin, held_out.bin, held_out_all.bin (uint16) and corpus.json
+    folder: Path  # holds train.bin, held_out.bin, held_out_all.bin and corpus.json
     info: dict  # packages and versions, documents and tokens per stream, shares of overlap
+
+    @property
+    def dtype(self) -> np.dtype:
+        "Of the streams: uint16, or uint32 for a large vocabulary."
+        return np.dtype(self.info.get("dtype", "uint16"))
 
     def tokens(
         self,
         split: str,  # "train", "held_out" or "held_out_all"
-    ) -> np.ndarray:  # [n] uint16, memory-mapped
+    ) -> np.ndarray:  # [n] uint16, or uint32 for a large vocabulary; memory-mapped
         "One stream, as a read-only memory map."
         if split not in self.info["tokens"]:
             raise UserError(f"the docstring corpus has no split {split!r}; there are {', '.join(self.info['tokens'])}")
-        return np.memmap(self.folder / f"{split}.bin", dtype=np.uint16, mode="r")
+        return np.memmap(self.folder / f"{split}.bin", dtype=self.dtype, mode="r")
 
 # %% ../nbs/03_corpus.ipynb #4b359ea1
 def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     "Installed version of each package."
     return {package: metadata.version(package) for package in packages}
+
+# %% ../nbs/03_corpus.ipynb #d707b2ef
+def id_dtype(
+    vocabulary: dict[str, int],  # Token -> id
+) -> type[np.unsignedinteger]:
+    "The narrowest of the two kinds of integers that token streams are kept in."
+    return np.uint16 if max(vocabulary.values()) < 2**16 else np.uint32
 
 # %% ../nbs/03_corpus.ipynb #4b359ea2
 def docstring_corpus(
@@ -179,8 +195,9 @@ def _build(folder: Path, tokenizer_file: Path, packages: Sequence[str]) -> None:
     streams["held_out"] = [t for t, r in zip(streams["held_out_all"], repeats, strict=True) if not r]
     for name, documents in streams.items():
         with atomic_path(folder / f"{name}.bin") as temporary:
-            np.concatenate(documents).astype(np.uint16).tofile(temporary)
-    write_json(folder / "corpus.json", {  # last, since its presence says that the streams are whole
+            np.concatenate(documents).tofile(temporary)
+    wide = {} if streams["train"][0].dtype == np.uint16 else {"dtype": "uint32"}
+    write_json(folder / "corpus.json", wide | {  # last, since its presence says that the streams are whole
         "packages": package_versions(packages), "docstrings": counts, "characters": sum(map(len, tokens)),
         "documents": {name: len(d) for name, d in streams.items()},
         "tokens": {name: int(sum(map(len, d))) for name, d in streams.items()},
@@ -200,10 +217,11 @@ def _tokenized(
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     end, counts, tokens, waiting = tokenizer.token_to_id(END_OF_TEXT), dict.fromkeys(packages, 0), {}, []
+    dtype = id_dtype(tokenizer.get_vocab())
 
     def work() -> None:
         for text, encoded in zip(waiting, tokenizer.encode_batch_fast(waiting), strict=True):
-            tokens[text] = np.array([*encoded.ids, end], dtype=np.uint16)
+            tokens[text] = np.array([*encoded.ids, end], dtype=dtype)
         waiting.clear()
 
     for package, text in found:
@@ -213,3 +231,84 @@ def _tokenized(
             work()
     work()
     return counts, tokens
+
+# %% ../nbs/03_corpus.ipynb #d27fd277
+def tokenizer_definition(
+    tokenizer: Any,  # As transformers has them
+) -> str:
+    "All that decides which tokens a tokenizer makes of a text, and its end-of-text token; equal for equal tokenizers."
+    backend, end = getattr(tokenizer, "backend_tokenizer", None), tokenizer.eos_token_id
+    if backend is not None and hasattr(backend, "to_str"):
+        parts = json.loads(backend.to_str())
+        for passing in ("truncation", "padding"):  # of the last call
+            parts.pop(passing, None)
+        return json.dumps([parts, end], sort_keys=True)
+    files = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest()  # of a SentencePiece model, for instance
+             for name in ("vocab_file", "merges_file") if (path := getattr(tokenizer, name, None)) and Path(path).is_file()}
+    words = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), files,
+             {key: str(value) for key, value in getattr(tokenizer, "init_kwargs", {}).items() if key != "name_or_path"}]
+    return json.dumps([words, end], sort_keys=True, default=str)
+
+# %% ../nbs/03_corpus.ipynb #e6f9e2f1
+def has_words_of(
+    tokenizer: Any,  # As transformers has them
+    folder: str | Path,  # With another's tokenizer.json, a byte-level BPE
+) -> bool:
+    "Whether a tokenizer makes the other's tokens: it has all its words, perhaps more special ones, and merges them alike."
+    wanted = read_json(Path(folder) / "tokenizer.json")["model"]
+    vocabulary = getattr(tokenizer, "get_vocab", dict)()
+    if not wanted["vocab"].items() <= vocabulary.items() or not hasattr(tokenizer, "backend_tokenizer"):
+        return False
+    merges = lambda model: [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in model.get("merges", [])]
+    return merges(json.loads(tokenizer.backend_tokenizer.to_str())["model"]) == merges(wanted)
+
+# %% ../nbs/03_corpus.ipynb #a4a325f1
+def corpus_for(
+    tokenizer: Any,  # A subject's, with an end-of-text token
+    packages: Sequence[str] = PACKAGES,
+    rule_folder: str | Path | None = None,  # The tokenizer in whose tokens repetition is judged; the embedded network's
+) -> Corpus:  # From the cache, or made now (some minutes on one processor)
+    "The docstring corpus in any tokenizer's tokens: the same documents on each side as in the embedded network's."
+    rule = Path(rule_folder or data_path("docstrings-lm")) / "tokenizer.json"
+    digests = [hashlib.sha256(raw).hexdigest() for raw in (tokenizer_definition(tokenizer).encode(), rule.read_bytes())]
+    key = config_hash({"versions": package_versions(packages), "recipe": "any tokenizer, 1", "held_out": HELD_OUT_OF_256,
+                       "tokenizer": digests[0], "rule": digests[1]})
+    folder = cache_dir(f"docstrings-{key}")
+    if not (folder / "corpus.json").is_file():
+        say("reading the docstrings of the installed packages and tokenizing them for this network (once; cached afterwards)")
+        _build_for(folder, tokenizer, rule, packages)
+    return Corpus(folder, read_json(folder / "corpus.json"))
+
+# %% ../nbs/03_corpus.ipynb #bb6b1be0
+def _build_for(folder: Path, tokenizer: Any, rule: Path, packages: Sequence[str]) -> None:
+    clock, dtype = Stopwatch(), id_dtype(tokenizer.get_vocab())
+    counts, judged = _tokenized(read_docstrings(packages), packages, rule)
+    train, held_out = split_by_hash(judged)
+    repeats = overlapping([judged[text] for text in held_out], [judged[text] for text in train])
+    say(f"{len(judged):,} documents read after {float(clock):.0f} s; tokenizing them")
+    sides = {"train": _encoded(train, tokenizer, dtype), "held_out_all": _encoded(held_out, tokenizer, dtype)}
+    sides["held_out"] = [t for t, repeat in zip(sides["held_out_all"], repeats, strict=True) if not repeat]
+    for name, documents in sides.items():
+        with atomic_path(folder / f"{name}.bin") as temporary:
+            np.concatenate([*documents, np.zeros(0, dtype)]).tofile(temporary)
+    write_json(folder / "corpus.json", {  # last, since its presence says that the streams are whole
+        "dtype": np.dtype(dtype).name, "packages": package_versions(packages), "docstrings": counts,
+        "characters": sum(map(len, judged)), "documents": {name: len(d) for name, d in sides.items()},
+        "tokens": {name: int(sum(map(len, d))) for name, d in sides.items()},
+        "overlapping_held_out_documents": int(repeats.sum()),
+    })
+    say(f"the corpus is ready after {float(clock):.0f} s")
+
+# %% ../nbs/03_corpus.ipynb #2d97d8ed
+def _encoded(
+    texts: Sequence[str],
+    tokenizer: Any,
+    dtype: type[np.unsignedinteger],
+    together: int = 1000,  # Texts that are tokenized at a time
+) -> list[np.ndarray]:  # Per text, its tokens and the end of text
+    "Tokenize documents."
+    found = []
+    for start in progress(range(0, len(texts), together), desc="tokenizing docstrings", unit="thousand"):
+        batch = tokenizer(list(texts[start : start + together]), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        found += [np.array([*ids, tokenizer.eos_token_id], dtype=dtype) for ids in batch["input_ids"]]
+    return found

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['own_splits', 'choose_side', 'check_source', 'read_documents', 'tokenize', 'ended_ids', 'id_rows', 'read_rows',
-           'ArrayRows', 'buffered', 'StreamedRows', 'check_position', 'TokenStream', 'check_stream', 'open_stream',
-           'warn_of_other_data', 'docstring_tokens', 'check_beginning', 'tokenizer_for', 'keep_mask',
-           'special_token_ids']
+           'ArrayRows', 'buffered', 'StreamedRows', 'check_position', 'TokenStream', 'check_stream', 'is_docstrings',
+           'in_embedded_tokens', 'open_stream', 'warn_of_other_data', 'docstring_corpus_for', 'docstring_tokens',
+           'check_beginning', 'tokenizer_for', 'keep_mask', 'special_token_ids']
 
 # %% ../nbs/04_data.ipynb #e9167def
 import itertools
@@ -24,7 +24,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .core import UserError, data_path, existing, generator, read_json, say, say_once
-from .corpus import PACKAGES, docstring_corpus
+from .corpus import PACKAGES, Corpus, corpus_for, docstring_corpus, has_words_of
 from .documents import DataConfig, Role, cut, local_files, open_documents, pack, sided, values_of
 from .fingerprints import changed, data_fingerprint, of_tokens
 from .remote import ahead, answers, is_path, is_url
@@ -261,6 +261,21 @@ def check_stream(stream: TokenStream) -> Int[Tensor, "batch n_ctx"]:
     stream.load_state_dict(position)
     return batch
 
+# %% ../nbs/04_data.ipynb #0f60c138
+def is_docstrings(
+    name: str,  # Of a dataset
+) -> bool:
+    "Whether the docstrings of installed packages are meant, all or some."
+    return name.partition(":")[0] == "docstrings"
+
+# %% ../nbs/04_data.ipynb #a318c5e2
+def in_embedded_tokens(
+    name: str,  # Of a dataset
+    tokenizer: Any,  # The subject's, or None
+) -> bool:
+    "Whether a dataset is the docstrings as the embedded model reads them."
+    return is_docstrings(name) and (tokenizer is None or has_words_of(tokenizer, data_path("docstrings-lm")))
+
 # %% ../nbs/04_data.ipynb #8c73438f
 def open_stream(
     config: DataConfig,
@@ -281,14 +296,14 @@ def open_stream(
     tokenizer, seed, shuffle = tokenizer_for(config, tokenizer), config.seed or 0, role == "train"
     if role == "train":
         check_beginning(config, tokenizer)
-    if name.partition(":")[0] == "docstrings":
-        tokens = docstring_tokens(name, "held_out" if held_out else split)  # the corpus brings its own
-        rows, data = ArrayRows(tokens, n_ctx, seed, shuffle), of_tokens(tokens) if shuffle else None
+    bos = tokenizer.bos_token_id if config.add_bos else None
+    if is_docstrings(name):
+        tokens = docstring_tokens(name, "held_out" if held_out else split, tokenizer)  # the corpus brings its own
+        rows, data = ArrayRows(tokens, n_ctx, seed, shuffle, None, bos), of_tokens(tokens) if shuffle else None
         return TokenStream(rows, batch_size, repeat=repeat and shuffle, vocab_size=vocab_size, name=name, data=data)
     data = data_fingerprint(replace(config, split=split)) if shuffle else None  # of what is trained on
     if is_shards(name):
         tokens = open_shards(name, "held_out" if held_out else "train", tokenizer=tokenizer, held_out_share=config.held_out_share)
-        bos = tokenizer.bos_token_id if config.add_bos else None
         rows = ArrayRows(tokens, n_ctx, seed, shuffle, config.shuffle_buffer if config.streaming else None, bos)
     elif config.streaming:
         rows = StreamedRows(lambda: read_rows(config, role, n_ctx, tokenizer), seed, config.shuffle_buffer if shuffle else 0)
@@ -300,29 +315,42 @@ def open_stream(
 def warn_of_other_data(
     state: Mapping[str, Any],  # A position in the training data, as `TokenStream.state_dict` gives it; {}: none is known
     config: DataConfig,  # Of these data
+    tokenizer: Any = None,  # The subject's
 ) -> None:
     "Say it if the data are not those that a run was trained on, so that held-out documents may have been trained on."
     if state.get("data") is None:
         return
-    stored = config.dataset_name.partition(":")[0] == "docstrings"
-    now = of_tokens(docstring_tokens(config.dataset_name, config.split)) if stored else data_fingerprint(config)
+    if is_docstrings(config.dataset_name):
+        now = of_tokens(docstring_tokens(config.dataset_name, config.split, tokenizer_for(config, tokenizer)))
+    else:
+        now = data_fingerprint(config)
     if difference := changed(state["data"], now):
         say(f"{config.dataset_name} holds other data than those that the run was trained on ({difference}), "
             "so documents that are held out now may have been trained on", always=True)
 
 # %% ../nbs/04_data.ipynb #b792fe97
-def docstring_tokens(name: str, split: str) -> np.ndarray:
-    "The embedded corpus, or a part of it as in docstrings:networkx,numpy."
+def docstring_corpus_for(
+    name: str,  # "docstrings", or a part as in docstrings:networkx,numpy
+    tokenizer: Any = None,  # The subject's; None: the embedded model's
+) -> Corpus:
+    "The docstring corpus in a subject's tokens."
     packages = [package for package in name.partition(":")[2].split(",") if package] or PACKAGES
     if not set(packages) <= set(PACKAGES):
         raise UserError(f"{name}: the corpus is made of {', '.join(PACKAGES)}; name some, as in docstrings:networkx,numpy")
-    return docstring_corpus(data_path("docstrings-lm"), packages).tokens(split)
+    if in_embedded_tokens(name, tokenizer):
+        return docstring_corpus(data_path("docstrings-lm"), packages)
+    return corpus_for(tokenizer, packages)
+
+
+def docstring_tokens(name: str, split: str, tokenizer: Any = None) -> np.ndarray:
+    "One of its streams: train, held_out or held_out_all."
+    return docstring_corpus_for(name, tokenizer).tokens(split)
 
 # %% ../nbs/04_data.ipynb #657f4391
 def check_beginning(config: DataConfig, tokenizer: Any) -> None:
     "Say it if rows do not begin as the tokenizer begins a text."
     bos = getattr(tokenizer, "bos_token_id", None)
-    if bos is None or config.add_bos or config.is_tokenized or config.dataset_name.partition(":")[0] == "docstrings":
+    if bos is None or config.add_bos or config.is_tokenized or in_embedded_tokens(config.dataset_name, tokenizer):
         return
     if list(tokenizer("a")["input_ids"])[:1] == [bos]:
         token = tokenizer.convert_ids_to_tokens(bos)
@@ -339,13 +367,11 @@ def tokenizer_for(config: DataConfig, tokenizer: Any = None) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name)
         except Exception as error:  # as many kinds as the Hub has
             raise UserError(f"cannot load the tokenizer {config.tokenizer_name!r}: {str(error).strip().splitlines()[0]}") from None
-    stored = name.partition(":")[0] == "docstrings" and read_json(data_path("docstrings-lm") / "tokenizer.json")["model"]["vocab"]
-    if stored and tokenizer is not None and not stored.items() <= tokenizer.get_vocab().items():
-        raise UserError("'docstrings' is stored in the embedded model's tokens, and the subject has another tokenizer; name a text dataset")
-    if not (stored or config.is_tokenized or is_shards(name)) and getattr(tokenizer, "eos_token_id", None) is None:
+    stored = in_embedded_tokens(name, tokenizer)
+    if not (stored or is_shards(name) or (config.is_tokenized and not is_docstrings(name))) and getattr(tokenizer, "eos_token_id", None) is None:
         raise UserError(f"{name} is text, so a tokenizer with an end-of-text token is needed; give tokenizer_name")
     if config.add_bos and (stored or getattr(tokenizer, "bos_token_id", None) is None):
-        raise UserError("add_bos needs a dataset other than 'docstrings' and a tokenizer with a beginning-of-text token")
+        raise UserError("add_bos needs a tokenizer with a beginning-of-text token, other than the embedded model's on 'docstrings'")
     return tokenizer
 
 # %% ../nbs/04_data.ipynb #12e0ed93

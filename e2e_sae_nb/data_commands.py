@@ -13,8 +13,8 @@ import typer
 
 # %% ../nbs/87_data_commands.ipynb #ea09a58a
 def tokenize(
-    dataset: Annotated[str, typer.Argument(help="Text: a file, folder, glob, URL (http://host/folder/*.parquet) or Hub name.")],
-    tokenizer: Annotated[str, typer.Option(help="The subject's: a folder or Hub name, or docstrings for the embedded model's.")],
+    dataset: Annotated[str, typer.Argument(help="Text: a file, folder, glob, URL (http://host/folder/*.parquet) or Hub name, or docstrings.")],
+    tokenizer: Annotated[str, typer.Option(help="The subject's: a folder, GGUF file or Hub name, smollm2, or docstrings for the embedded model's.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards; the same command goes on with it.")],
     shard_tokens: Annotated[int, typer.Option(help="Tokens per file.")] = 2**26,
     split: Annotated[str, typer.Option(help="Of the dataset.")] = "train",
@@ -27,9 +27,11 @@ def tokenize(
     "Tokenize a dataset into memory-mapped shards, which train like the text itself."
     from e2e_sae_nb.core import data_path
     from e2e_sae_nb.documents import DataConfig
+    from e2e_sae_nb.gguf_files import converted, find_gguf
     from e2e_sae_nb.tokenization import write_shards
 
-    name = str(data_path("docstrings-lm")) if tokenizer == "docstrings" else tokenizer
+    file = None if tokenizer == "docstrings" else find_gguf(tokenizer)
+    name = str(data_path("docstrings-lm") if tokenizer == "docstrings" else converted(file) if file else tokenizer)
     config = DataConfig(dataset, tokenizer_name=name, split=split, column_name=column, lines=lines, held_out_share=held_out_share,
                         workers=workers, retry_seconds=retry_seconds)
     index = write_shards(config, out, shard_tokens=shard_tokens)

@@ -41,8 +41,7 @@ def check_folder(
         raise UserError(f"{folder} is an adapter for {base}, not a model; merge it first "
                         "(peft: model.merge_and_unload(), then save_pretrained) and give the merged folder")
     if not (folder / "config.json").is_file():
-        found = next((f"only {path.name}, a GGUF file; convert it (transformers loads it with gguf_file=..., then "
-                      "save_pretrained) and give that folder" for path in sorted(folder.glob("*.gguf"))), None)
+        found = next((f"only {path.name}, a GGUF file; give the path of that file" for path in sorted(folder.glob("*.gguf"))), None)
         raise UserError(f"{folder} holds {found}" if found else
                         f"{folder} holds no config.json; a model folder is what transformers' save_pretrained writes")
     check_config(folder, read_object(folder / "config.json"))

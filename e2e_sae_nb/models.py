@@ -24,6 +24,7 @@ from .attention import use_short_attention
 from .core import UserError, data_path, dtype_named, existing, nearest, pick_device, wide
 from .folders import check_finite, check_folder, check_loading
 from .folding import fold_weights
+from .gguf_files import converted, find_gguf, gguf_record
 from .inner import hook_points, linear_error, text_config
 from .layouts import Point
 from .structure import Structure, Trace, probe_tokens, run_arguments
@@ -102,9 +103,10 @@ class Subject:
     "A frozen network to be explained: a causal language model, or any nn.Module whose activations have names."
 
     def __init__(self, model: nn.Module, points: dict[str, Point], *, name: str = "the subject", tokenizer: Any = None,
-                 structure: Structure | None = None, head: Head | None = None):
+                 structure: Structure | None = None, head: Head | None = None, origin: dict[str, Any] | None = None):
         self.model, self.points = model.eval().requires_grad_(False), points
         self.name, self.tokenizer = name, tokenizer
+        self.origin = origin  # the file that its weights were converted from, if they were
         self.blocks = [model.get_submodule(path) for path in structure.blocks] if structure else []
         self.norm = final_norm(model, structure) if structure else None
         self.head = head or (head_of(model) if structure else None)
@@ -162,7 +164,7 @@ def resolve_points(
 
 # %% ../nbs/05_models.ipynb #756e5518
 def load_subject(
-    name: str | Path,  # "docstrings", a folder, a Hub name, or a TransformerLens alias
+    name: str | Path,  # "docstrings", "smollm2", a folder, a GGUF file, a Hub name, or a TransformerLens alias
     *,
     dtype: str = "float32",  # Of the weights
     device: str | None = None,  # Best available if not given
@@ -171,11 +173,12 @@ def load_subject(
 ) -> Subject:
     "Load a causal language model as a frozen `Subject`."
     source, where = find_source(str(name)), pick_device(device)
-    tokenizer = _load_tokenizer(tokenizer_name or source, required=tokenizer_name is not None)
+    words = str(converted(file)) if tokenizer_name and (file := find_gguf(tokenizer_name)) else tokenizer_name
+    tokenizer = _load_tokenizer(words or source, required=words is not None)
     model = _load_model(source, dtype, str(name)).to(where).eval()
     if processed_weights:
         fold_weights(model, probe_tokens(text_config(model).vocab_size, device=where), str(name))
-    return subject_from_model(model, name=str(name), tokenizer=tokenizer)
+    return subject_from_model(model, name=str(name), tokenizer=tokenizer, origin=gguf_record(source))
 
 # %% ../nbs/05_models.ipynb #affe693f
 def subject_from_model(
@@ -183,6 +186,7 @@ def subject_from_model(
     *,
     name: str = "the subject",
     tokenizer: Any = None,
+    origin: dict[str, Any] | None = None,  # The file that its weights were converted from, if they were
 ) -> Subject:
     "Wrap a loaded model: find and prove its hook points, freeze its parameters, put it into evaluation mode."
     config = text_config(model.eval())
@@ -194,15 +198,18 @@ def subject_from_model(
         raise UserError(f"{name}: its configuration says no vocab_size, so it is no language model")
     device = next((p.device for p in model.parameters()), None)
     structure, points, trace = hook_points(model, probe_tokens(vocab_size, device=device), name)
-    return Subject(model, points, name=name, tokenizer=tokenizer, structure=structure, head=checked_head(model, structure, trace, name))
+    return Subject(model, points, name=name, tokenizer=tokenizer, structure=structure, origin=origin,
+                   head=checked_head(model, structure, trace, name))
 
 # %% ../nbs/05_models.ipynb #be8f2eb4
 def find_source(
     name: str,  # As the user gave it
 ) -> str:  # A folder or a Hub name
-    "Resolve the embedded model, local folders and TransformerLens' aliases."
+    "Resolve the embedded model, GGUF files, local folders and TransformerLens' aliases."
     if name == "docstrings":
         return str(data_path("docstrings-lm"))
+    if (file := find_gguf(name)) is not None:
+        return str(converted(file))
     path = Path(name).expanduser()
     if path.is_dir():
         check_folder(path)
@@ -280,8 +287,8 @@ def unreachable(source: str, error: Exception) -> str:
     if Path(source).is_dir():
         return f"the folder {source} cannot be loaded as a causal language model: {reason}"
     return (f"cannot load {source!r} ({reason}). If the name is right, the Hub may be out of reach; offline, give a local folder "
-            "written by save_pretrained (tlens_model_path in a config), a model already in the Hugging Face cache, "
-            "or 'docstrings', the embedded model")
+            "written by save_pretrained or a GGUF file (tlens_model_path in a config), a model already in the Hugging Face cache, "
+            "'smollm2', which a package carries, or 'docstrings', the embedded model")
 
 # %% ../nbs/05_models.ipynb #f6aa38c4
 def _reason(error: BaseException) -> str:

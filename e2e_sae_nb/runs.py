@@ -76,8 +76,8 @@ class RunConfig(_Readable, Computing):
     lr: float
     batch_size: int  # sequences per forward pass
     eval_data: DataConfig | None = None  # None: the held-out side of train_data
-    tlens_model_name: str | None = None  # "docstrings", a Hub name or a TransformerLens alias
-    tlens_model_path: str | None = None  # a local Hugging Face folder
+    tlens_model_name: str | None = None  # "docstrings", "smollm2", a Hub name or a TransformerLens alias
+    tlens_model_path: str | None = None  # a local Hugging Face folder or GGUF file
     seed: int = 0  # of SAE initialisation, and of the data's order where train_data gives no seed
     n_samples: int | None = None  # sequences to train on; None: one pass over the data
     effective_batch_size: int | None = None  # sequences per optimizer step, a multiple of batch_size

@@ -271,6 +271,7 @@ def finish(t: Training, log: MetricsLog, seconds: float, result: EvalResult | No
 def summarise(t: Training, result: EvalResult) -> dict[str, Any]:
     "The content of summary.json."
     record = provenance(to_dict(t.config), seed=t.config.seed, tokens=t.tokens, seconds=t.seconds, device=t.subject.device)
+    record |= {"subject": t.subject.origin} if t.subject.origin else {}
     values = {k: v for k, v in result.to_dict().items() if k not in ("tokens", "ce_increase_per_sequence")}
     return {"type": run_type(t.config.loss), "sparsity_coeff": t.config.loss.sparsity.coeff, **values, "eval_tokens": result.tokens,
             "dead": t.dead.totals(), "resampled": t.dead.resampled,
@@ -289,10 +290,11 @@ def evaluate(
     settle_threads()
     run = run if isinstance(run, Run) else load_run(run)
     config, clock = replace(run.config, eval_n_samples=n_samples or run.config.eval_n_samples), Stopwatch()
-    if (path := run.path) is not None and (config.eval_data or config.train_data).dataset_name == config.train_data.dataset_name:
-        once(lambda: warn_of_other_data(saved_position(path), config.train_data))
+    path, same = run.path, (config.eval_data or config.train_data).dataset_name == config.train_data.dataset_name
     with dividing("latents" if config.saes.sharded else "batch"):
-        subject = subject or subject_for(config)
+        words = (subject := subject or subject_for(config)).tokenizer
+        if path is not None and same:
+            once(lambda: warn_of_other_data(saved_position(path), config.train_data, words))
         check_places(subject, run.saes)
         special = bool(special_token_ids(subject.tokenizer))
         ways = {"evaluation": (config.exclude_first_position, config.exclude_special_tokens), "all_positions": (False, False),
@@ -305,7 +307,7 @@ def evaluate(
     result = found[ways["evaluation"]]
     if path is not None:
         record = provenance(to_dict(run.config), seed=config.seed, tokens=result.tokens, seconds=float(clock),
-                            device=subject.device)
+                            device=subject.device) | ({"subject": subject.origin} if subject.origin else {})
         values = {key: found[way].to_dict() for key, way in ways.items()} | {"provenance": record}
         once(lambda: write_json(path / "evaluation.json", values))
     return result
