@@ -21,8 +21,9 @@ device (`PREDICTED`).
 A machine without network needs torch, transformers, triton, numpy, pytest and jaxtyping, which it has if it is meant for this, and from here:
 
 1. the wheel of fastcore (100 kB): `pip download --no-deps -d .whl fastcore`
-2. for the last stage the embedded network's corpus as token shards (14 MiB of 16-bit numbers): `python benchmarks/make_shards.py .shards`;
-   without them the stage trains on made-up tokens, which shows speed but no margin
+2. for the last stage the embedded network's corpus as token shards (14 MiB of 16-bit numbers):
+   `e2e-sae tokenize docstrings --tokenizer docstrings --out .shards`; without them the stage trains on made-up tokens, which shows speed
+   but no margin
 3. one command in the checkout's root there:
 
     python3 -m pip install -q --no-index --no-deps --target $HOME/site .whl/*.whl && export PYTHONPATH=$HOME/site && \

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['own_splits', 'choose_side', 'check_source', 'read_documents', 'tokenize', 'ended_ids', 'id_rows', 'read_rows',
            'ArrayRows', 'buffered', 'StreamedRows', 'check_position', 'TokenStream', 'check_stream', 'is_docstrings',
-           'in_embedded_tokens', 'open_stream', 'warn_of_other_data', 'docstring_corpus_for', 'docstring_tokens',
-           'check_beginning', 'tokenizer_for', 'keep_mask', 'special_token_ids']
+           'in_embedded_tokens', 'warn_without_words', 'open_stream', 'warn_of_other_data', 'docstring_corpus_for',
+           'docstring_tokens', 'check_beginning', 'tokenizer_for', 'keep_mask', 'special_token_ids']
 
 # %% ../nbs/04_data.ipynb #e9167def
 import itertools
@@ -276,6 +276,18 @@ def in_embedded_tokens(
     "Whether a dataset is the docstrings as the embedded model reads them."
     return is_docstrings(name) and (tokenizer is None or has_words_of(tokenizer, data_path("docstrings-lm")))
 
+# %% ../nbs/04_data.ipynb #2d1c7239
+def warn_without_words(
+    name: str,  # Of the dataset
+    tokenizer: Any,  # The subject's, or None
+    vocab_size: int | None,  # The subject's
+) -> None:
+    "Say it if a subject without a tokenizer is given the embedded model's tokens, though its vocabulary is another."
+    known = len(read_json(data_path("docstrings-lm") / "tokenizer.json")["model"]["vocab"])
+    if tokenizer is None and vocab_size is not None and vocab_size > known:  # a smaller one is an error
+        say_once(f"{name}: the subject has no tokenizer, so it is given the embedded model's tokens ({known:,} of its {vocab_size:,}); "
+                 "name the subject's own (train_data.tokenizer_name) if it has one")
+
 # %% ../nbs/04_data.ipynb #8c73438f
 def open_stream(
     config: DataConfig,
@@ -298,6 +310,7 @@ def open_stream(
         check_beginning(config, tokenizer)
     bos = tokenizer.bos_token_id if config.add_bos else None
     if is_docstrings(name):
+        warn_without_words(name, tokenizer, vocab_size)
         tokens = docstring_tokens(name, "held_out" if held_out else split, tokenizer)  # the corpus brings its own
         rows, data = ArrayRows(tokens, n_ctx, seed, shuffle, None, bos), of_tokens(tokens) if shuffle else None
         return TokenStream(rows, batch_size, repeat=repeat and shuffle, vocab_size=vocab_size, name=name, data=data)

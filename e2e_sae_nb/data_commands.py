@@ -7,7 +7,7 @@ __all__ = ['tokenize']
 
 # %% ../nbs/87_data_commands.ipynb #f65a4428
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,17 +25,25 @@ def tokenize(
     retry_seconds: Annotated[float, typer.Option(help="How long a source that went away is asked for again.")] = 300.0,
 ) -> None:
     "Tokenize a dataset into memory-mapped shards, which train like the text itself."
-    from e2e_sae_nb.core import data_path
     from e2e_sae_nb.documents import DataConfig
-    from e2e_sae_nb.gguf_files import converted, find_gguf
     from e2e_sae_nb.tokenization import write_shards
 
-    file = None if tokenizer == "docstrings" else find_gguf(tokenizer)
-    name = str(data_path("docstrings-lm") if tokenizer == "docstrings" else converted(file) if file else tokenizer)
-    config = DataConfig(dataset, tokenizer_name=name, split=split, column_name=column, lines=lines, held_out_share=held_out_share,
+    config = DataConfig(dataset, tokenizer_name=tokenizer, split=split, column_name=column, lines=lines, held_out_share=held_out_share,
                         workers=workers, retry_seconds=retry_seconds)
-    index = write_shards(config, out, shard_tokens=shard_tokens)
+    index = write_shards(config, out, tokenizer=_named(tokenizer), shard_tokens=shard_tokens)
     for side, entries in index["sides"].items():
         tokens = sum(entry["tokens"] for entry in entries)
         print(f"{side}: {index['documents'][side]:,} documents, {tokens:,} tokens, {len(entries)} files")
     print(f"{sum(index['documents'].values()):,} documents; {out}")
+
+# %% ../nbs/87_data_commands.ipynb #6b2e547c
+def _named(tokenizer: str) -> Any:  # None: a folder or Hub name, which is loaded as any other
+    "The tokenizer of the embedded model, of a GGUF file or of a model that a package carries."
+    from transformers import AutoTokenizer
+
+    from e2e_sae_nb.core import data_path
+    from e2e_sae_nb.gguf_files import converted, find_gguf
+
+    if tokenizer == "docstrings":
+        return AutoTokenizer.from_pretrained(data_path("docstrings-lm"))
+    return AutoTokenizer.from_pretrained(converted(file)) if (file := find_gguf(tokenizer)) else None

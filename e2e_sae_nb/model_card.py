@@ -23,6 +23,7 @@ from .checkpoint import latest_checkpoint, read_cfg
 from .config import from_dict, to_dict
 from .core import UserError, read_json, write_json
 from .losses import run_type
+from .gguf_files import PACKAGED
 from .models import find_source
 from .plotting import alt_text, new_axes, save_figure
 from .runs import Run, RunConfig
@@ -58,7 +59,7 @@ def metadata(
     "The card's metadata."
     kind = "imported" if origin(run) else run_type(run.config.loss)
     c, values = run.config, {"library_name": "e2e_sae_nb", "tags": ["sparse-autoencoder", "dictionary-learning", "interpretability", "saelens", kind]}
-    if c.tlens_model_name not in (None, "docstrings"):
+    if c.tlens_model_name not in (None, "docstrings", *PACKAGED):
         source = find_source(c.tlens_model_name)
         if _on_hub(source):
             values["base_model"] = source
