@@ -340,7 +340,7 @@ def converted(
         for left in folder.parent.glob(f".*-{key}.tmp"):  # of a killed one
             shutil.rmtree(left)
         say(f"converting {path.name} ({path.stat().st_size / 1e6:,.0f} MB) into a model folder, once; "
-            "100 MB take about half a minute")
+            "100 MB take about a minute")
         clock, temporary = Stopwatch(), folder.with_name(f".{folder.name}.tmp")
         try:
             facts = save_converted(path, temporary)

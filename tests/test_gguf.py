@@ -1,9 +1,7 @@
 """GGUF files as subjects: the same weights and logits as an ordinary folder, converted once, and one line for what cannot be loaded."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +13,7 @@ from transformers import AutoTokenizer
 from e2e_sae_nb import gguf_files, models
 from e2e_sae_nb.config import to_dict
 from e2e_sae_nb.core import UserError, data_path
-from e2e_sae_nb.gguf_files import converted, find_gguf, gguf_record, gguf_tensors, packaged, write_gguf
+from e2e_sae_nb.gguf_files import converted, find_gguf, gguf_record, gguf_tensors, packaged, read_gguf, write_gguf
 from e2e_sae_nb.models import load_subject, open_bridge, tiny_model
 from e2e_sae_nb.runs import RunConfig
 from e2e_sae_nb.training import evaluate, train
@@ -94,7 +92,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(place, llama, wo
             f"g.write_json = slow; g.converted(Path({str(place / 'x.gguf')!r}))")
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout.readline() == b"here\n"  # weights and tokenizer are written, the record is not
-        os.kill(process.pid, signal.SIGKILL) if hasattr(signal, "SIGKILL") else process.kill()
+        process.kill()
     left = [path for path in (place / "cache" / "gguf").iterdir() if path.is_dir()]
     assert len(left) == 1 and left[0].name.startswith(".") and (left[0] / "config.json").is_file()
     folder = converted(place / "x.gguf")
@@ -208,7 +206,8 @@ def test_a_run_says_which_file(place, llama, words):
 
 @pytest.mark.full
 def test_smollm2(tmp_path, monkeypatch):
-    "The real one, from its package: fetched once into the user's cache of pip."
+    "The real one, from its package."
+    gguf = pytest.importorskip("gguf")
     try:
         packaged("smollm2")
     except UserError:
@@ -220,6 +219,10 @@ def test_smollm2(tmp_path, monkeypatch):
     clock = time.time()
     subject = load_subject("smollm2", device="cpu")
     assert len(subject.blocks) == 30 and subject.vocab_size == len(subject.tokenizer) == 49152 and subject.n_ctx == 8192
+    reader, ours = read_gguf(packaged("smollm2")), gguf_tensors(subject.model)
+    assert {t.name for t in reader.tensors} == set(ours)
+    for t in reader.tensors:  # the package's own arithmetic
+        assert torch.equal(torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()), ours[t.name]), t.name
     ids = torch.tensor([subject.tokenizer("The capital of France is")["input_ids"]])
     with torch.no_grad():
         for _ in range(6):
