@@ -271,9 +271,7 @@ def test_a_connection_lost_on_the_way_is_one_line(monkeypatch):
         list(read_documents(DataConfig("x")))
 
 
-def test_embedded_corpus_wants_its_own_tokenizer(tokenizer):
-    with pytest.raises(UserError, match="another tokenizer"):
-        open_stream(DataConfig("docstrings", n_ctx=8), batch_size=1, tokenizer=tokenizer)
+def test_docstrings_bring_their_own_held_out_side():
     with pytest.raises(UserError, match="is for evaluation"):
         open_stream(DataConfig("docstrings", n_ctx=8, split="held_out_all"), batch_size=1)
 
