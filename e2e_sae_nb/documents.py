@@ -30,7 +30,7 @@ Role = Literal["train", "eval"]
 class DataConfig:
     "Where tokens come from (the `train_data` and `eval_data` sections of a run's configuration)."
 
-    dataset_name: str  # "docstrings" ("docstrings:networkx,numpy" for a part), a path or glob (.jsonl .json .parquet .csv .txt, save_to_disk folder, token shards), a URL, or a Hub name
+    dataset_name: str  # "docstrings" (of installed packages, in the subject's tokens; "docstrings:networkx,numpy" for a part), a path or glob (.jsonl .json .parquet .csv .txt, save_to_disk folder, token shards), a URL, or a Hub name
     is_tokenized: bool = False  # rows already hold token ids
     tokenizer_name: str | None = None  # if it is not the subject's own
     streaming: bool = True  # read as needed, with a shuffle buffer; False: hold all tokens, with a full shuffle

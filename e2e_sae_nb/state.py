@@ -217,9 +217,12 @@ def initial_saes(config: RunConfig, subject: Subject, names: list[str]) -> dict[
     if not trainable(saes.values()):
         raise UserError("every SAE comes from pretrained_sae_paths and retrain_saes is false, so there is nothing to train")
     if config.saes.activation_norm == "unit" or config.saes.architecture == "jumprelu":
-        sample = original_pass(subject, next(data_for(config, subject, "train")), places(saes), stop=True).activations
+        tokens = next(data_for(config, subject, "train"))
+        sample, keep = original_pass(subject, tokens, places(saes), stop=True).activations, keep_for(config, subject)(tokens)
         for name in set(names) - set(loaded):
-            fit_to_sample(saes[name], sample[inputs.get(name, name)], config.saes, config.loss.sparsity.target_l0)
+            x = sample[inputs.get(name, name)]
+            x = x if keep is None else x[keep.to(x.device)]  # an excluded first position would dwarf all others
+            fit_to_sample(saes[name], x, config.saes, config.loss.sparsity.target_l0)
     return {name: cut_sae(sae).to(subject.device) for name, sae in saes.items()}
 
 # %% ../nbs/12a_state.ipynb #93208388

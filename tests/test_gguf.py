@@ -204,6 +204,27 @@ def test_a_run_says_which_file(place, llama, words):
         assert origin["file"] == "x.gguf" and origin["sha256"] == gguf_record(converted(place / "x.gguf"))["sha256"]
 
 
+def test_the_scale_of_inputs_is_that_of_the_positions_that_count(place, llama, words):
+    "A first position far above the rest, as in SmolLM2, has no say where it is excluded."
+    from e2e_sae_nb.data import open_stream
+    from e2e_sae_nb.sae import unit_mean_square_scale
+    from e2e_sae_nb.splicing import original_pass
+    from e2e_sae_nb.state import initial_saes
+
+    write_gguf(place / "x.gguf", llama, words)
+    (place / "t.jsonl").write_text("".join(json.dumps({"text": f"number {i} of many, and more text " * 4}) + "\n" for i in range(200)))
+    subject, name = load_subject(place / "x.gguf", device="cpu"), "blocks.1.hook_resid_pre"
+    config = RunConfig.from_dict({
+        "tlens_model_path": str(place / "x.gguf"), "train_data": {"dataset_name": str(place / "t.jsonl"), "n_ctx": 8, "seed": 0},
+        "saes": {"sae_positions": name, "activation_norm": "unit"}, "loss": {"sparsity": {"coeff": 0.1}, "logits_kl": {"coeff": 1.0}},
+        "lr": 1e-3, "batch_size": 4, "n_samples": 16, "device": "cpu", "exclude_first_position": True})
+    tokens = next(open_stream(config.train_data, batch_size=4, tokenizer=subject.tokenizer))
+    x = original_pass(subject, tokens, [name], stop=True).activations[name]
+    scale = float(initial_saes(config, subject, [name])[name].input_scale)
+    wanted, with_first = (float(unit_mean_square_scale(part)) for part in (x[:, 1:], x))
+    assert abs(scale - wanted) < 1e-5 * wanted and abs(scale - with_first) > 1e-3 * wanted
+
+
 @pytest.mark.full
 def test_smollm2(tmp_path, monkeypatch):
     "The real one, from its package."
