@@ -290,8 +290,7 @@ def existing(
     tokenizer: Any,  # A transformers tokenizer, or None
 ) -> Any:
     "None in place of a tokenizer without words, which transformers makes of a folder that has none (of GPT-2's family, for instance)."
-    vocabulary = getattr(tokenizer, "get_vocab", None)
-    empty = vocabulary is not None and len(vocabulary()) <= len(set(tokenizer.all_special_ids))
+    empty = hasattr(tokenizer, "__len__") and len(tokenizer) <= len(set(tokenizer.all_special_ids))  # listing the words takes long
     return None if empty else tokenizer
 
 # %% ../nbs/00_core.ipynb #7909bba4

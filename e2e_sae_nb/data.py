@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['own_splits', 'choose_side', 'check_source', 'read_documents', 'tokenize', 'ended_ids', 'id_rows', 'read_rows',
-           'ArrayRows', 'buffered', 'StreamedRows', 'check_position', 'TokenStream', 'check_stream', 'is_docstrings',
-           'in_embedded_tokens', 'warn_without_words', 'open_stream', 'warn_of_other_data', 'docstring_corpus_for',
-           'docstring_tokens', 'check_beginning', 'tokenizer_for', 'keep_mask', 'special_token_ids']
+           'ArrayRows', 'buffered', 'StreamedRows', 'check_position', 'TokenStream', 'check_stream', 'row_length',
+           'is_docstrings', 'in_embedded_tokens', 'warn_without_words', 'open_stream', 'warn_of_other_data',
+           'docstring_corpus_for', 'docstring_tokens', 'check_beginning', 'tokenizer_for', 'keep_mask',
+           'special_token_ids']
 
 # %% ../nbs/04_data.ipynb #e9167def
 import itertools
@@ -261,6 +262,14 @@ def check_stream(stream: TokenStream) -> Int[Tensor, "batch n_ctx"]:
     stream.load_state_dict(position)
     return batch
 
+# %% ../nbs/04_data.ipynb #c92e7215
+def row_length(
+    config: DataConfig,
+    max_ctx: int | None = None,  # The longest context of the subject; None: it has none
+) -> int:  # Tokens
+    "How long the rows of a dataset are."
+    return config.n_ctx or max_ctx or 1024
+
 # %% ../nbs/04_data.ipynb #0f60c138
 def is_docstrings(
     name: str,  # Of a dataset
@@ -300,7 +309,7 @@ def open_stream(
     repeat: bool = True,  # Begin anew when the data end (training); evaluation never does
 ) -> TokenStream:
     "Open a dataset as a stream of batches for training or for evaluation."
-    n_ctx, name = config.n_ctx or max_ctx or 1024, config.dataset_name
+    n_ctx, name = row_length(config, max_ctx), config.dataset_name
     if max_ctx is not None and n_ctx > max_ctx:
         raise UserError(f"n_ctx is {n_ctx}, but the subject takes at most {max_ctx} tokens")
     split, held_out = choose_side(config, role)
@@ -390,20 +399,20 @@ def tokenizer_for(config: DataConfig, tokenizer: Any = None) -> Any:
 # %% ../nbs/04_data.ipynb #12e0ed93
 def keep_mask(
     tokens: Int[Tensor, "batch pos"],
-    special_ids: Iterable[int],  # Ids of special tokens
+    special_ids: Iterable[int] | Tensor,  # Ids of special tokens
     exclude_first_position: bool,
     exclude_special_tokens: bool,  # Without any special ids, a `UserError`: nothing would be excluded
 ) -> Bool[Tensor, "batch pos"] | None:  # None: every position counts
     "Which positions count."
     if not (exclude_first_position or exclude_special_tokens):
         return None
-    special = sorted(special_ids) if exclude_special_tokens else []
-    if exclude_special_tokens and not special:
+    special = torch.as_tensor(special_ids if isinstance(special_ids, Tensor) else [*special_ids]) if exclude_special_tokens else None
+    if special is not None and not len(special):
         raise UserError("exclude_special_tokens: no special tokens are known, so none would be excluded; name the tokenizer of the data "
                         "(train_data.tokenizer_name), or set exclude_special_tokens: false")
     keep = torch.ones_like(tokens, dtype=torch.bool)
     keep[:, 0] = not exclude_first_position
-    return keep & ~torch.isin(tokens, torch.tensor(special, dtype=tokens.dtype).to(tokens.device))
+    return keep if special is None else keep & ~torch.isin(tokens, special.to(tokens))
 
 # %% ../nbs/04_data.ipynb #973f47ba
 def special_token_ids(

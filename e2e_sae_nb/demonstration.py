@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from .config import from_dict, to_dict
 from .core import FORMAT_VERSION, Stopwatch, UserError, atomic_path, check_format, provenance, read_json, say, show_progress, write_json
+from .data import row_length
 from .devices import dividing, from_turns, on_first, once, rank, world
 from .frontiers import Frontier, frontier, frontier_step, row, shared_plan
 from .losses import run_type
@@ -259,7 +260,7 @@ def settle_plan(
     resume: bool = False,  # Take the plan that the run was begun with, if there is one
 ) -> FrontierConfig:
     "Measure how fast this machine is, decide how long the run will be, say so, and keep the plan for resuming."
-    clock, path, n_ctx = Stopwatch(), out / PLAN, config.base.train_data.n_ctx or subject.n_ctx or 1
+    clock, path, n_ctx = Stopwatch(), out / PLAN, row_length(config.base.train_data, subject.n_ctx)
     if resume and path.is_file():
         record = read_json(path)
         check_format(record.pop("format_version", None), path)

@@ -24,6 +24,7 @@ from .models import Subject
 from .sae import SAE, SAEActs
 from .sparse_step import sparse_forward
 from .splicing import Original, Replayed, original_pass, places, replay, replay_start, sae_edits
+from .structure import product_rounding
 from .tables import facts_table, short
 
 # %% ../nbs/11_evaluate.ipynb #d5aa76b3
@@ -184,7 +185,7 @@ def _ablated(subject: Subject, original: Original, site: tuple[str, ...], keep: 
     erase = lambda x: torch.zeros_like(x) if keep is None else x.masked_fill(keep.unsqueeze(-1), 0.0)
     hidden = replay(subject, original, dict.fromkeys(site, erase)).hidden
     if keep is None and len(hidden) > 1 and any(name.endswith((".hook_resid_pre", ".hook_resid_post")) for name in site):
-        if (hidden - hidden[:1]).abs().max() <= 1e3 * torch.finfo(hidden.dtype).eps * hidden.abs().max():  # nothing passes the stream by
+        if (hidden - hidden[:1]).abs().max() <= product_rounding(hidden.dtype) * hidden.abs().max():  # nothing passes the stream by
             known[key] = hidden[:1].clone()
     return known.get(key, hidden) if keep is None else hidden
 

@@ -199,9 +199,12 @@ def check_members(configs: Sequence[RunConfig]) -> None:
     if not configs:
         raise UserError("a frontier needs at least one member")
     for key in ("train_data", "batch_size", "effective_batch_size", "n_samples", "tlens_model_name", "tlens_model_path", "dtype", "compute_dtype",
-                "processed_weights", "exclude_first_position", "exclude_special_tokens", "save_dir", "save_every_n_samples", "eval_every_n_samples"):
+                "compile", "processed_weights", "exclude_first_position", "exclude_special_tokens", "save_dir", "save_every_n_samples",
+                "eval_every_n_samples", "eval_data", "eval_n_samples"):
         if len({repr(getattr(config, key)) for config in configs}) > 1:
             raise UserError(f"members of a frontier share one pass over the data and so must agree on {key}")
+    if len({config.saes.sharded for config in configs}) > 1:
+        raise UserError("members of a frontier share their processes and so must agree on saes.sharded")
     if configs[0].train_data.seed is None and len({config.seed for config in configs}) > 1:
         raise UserError("members with different seeds share one pass over the data; give train_data.seed, which then decides the data's order")
 

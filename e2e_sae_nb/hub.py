@@ -6,7 +6,6 @@
 __all__ = ['push', 'pull']
 
 # %% ../nbs/51a_hub.ipynb #9f39024f
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .core import UserError
+from .core import UserError, move
 from .model_card import write_folder
 from .runs import Run, load_run
 
@@ -101,5 +100,5 @@ def pull(
             load_run(folder)  # compares checksums
         except UserError as error:
             raise UserError(f"what {source} holds is not a whole run: {str(error).replace(str(folder), str(source))}") from None
-        os.replace(folder, out)
+        move(folder, out)
     return load_run(out)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .core import UserError, generator
+from .data import row_length
 from .devices import dividing, divides, world
 from .losses import objective, run_original
 from .state import Training
@@ -46,7 +47,7 @@ def fitting_batch(
 ) -> int | None:  # Sequences; None: none fits
     "The largest half, quarter, eighth ... of the batch size of which a step can be computed."
     t, processes = trainings[0], world() if divides("batch") else 1
-    size, length, g = t.config.batch_size // processes // 2, t.config.train_data.n_ctx or t.subject.n_ctx or 2, generator(0, "memory")
+    size, length, g = t.config.batch_size // processes // 2, row_length(t.config.train_data, t.subject.n_ctx), generator(0, "memory")
     while size:
         try:
             with dividing("saes"):  # nothing is exchanged

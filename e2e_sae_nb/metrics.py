@@ -162,6 +162,8 @@ class _Moments:
 
     def join(self, count: int, mean: Tensor, square: Tensor | float) -> None:
         "Take further tokens into the mean and the squared distances from it."
+        if not count:  # the mean of no tokens is not a number
+            return
         apart = mean if self.mean is None else mean - self.mean
         whole = self.count + count
         self.square = self.square + square + (apart.square().sum() * (self.count * count / whole) if self.count else 0.0)
@@ -179,6 +181,8 @@ class VarianceExplained(_Moments):
         self.ratios: Tensor | float = 0.0  # 1 - squared error / squared distance from the batch's mean
 
     def add(self, predicted: Float[Tensor, "tokens d"], actual: Float[Tensor, "tokens d"] | Actual) -> None:
+        if not len(predicted):  # of a batch in which no token counts
+            return
         actual, predicted = actual if isinstance(actual, Actual) else Actual(actual), wide(predicted)
         if self.layer_normed:
             actual, predicted = actual.layer_normed, F.layer_norm(predicted, predicted.shape[-1:])

@@ -21,7 +21,7 @@ import yaml
 
 from .checkpoint import latest_checkpoint, read_cfg
 from .config import from_dict, to_dict
-from .core import UserError, read_json, write_json
+from .core import UserError, move, read_json, write_json
 from .losses import run_type
 from .gguf_files import PACKAGED
 from .models import find_source
@@ -252,5 +252,5 @@ def write_folder(
         drawn = sorted(run.path.glob("*.png"))
         alt = shutil.copyfile(drawn[0], folder / "figure.png").stem if drawn else draw_course(run, folder / "figure.png") if (folder / "metrics.jsonl").is_file() else None
         (folder / "README.md").write_text(card(shared, repo_id, alt), encoding="utf-8")
-        os.replace(folder, out)
+        move(folder, out)
     return out

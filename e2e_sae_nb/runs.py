@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Computing', 'RunConfig', 'check_run_config', 'check_disjoint', 'run_name', 'passes_per_batch', 'settle', 'as_settled',
-           'MetricsLog', 'new_run_dir', 'Run', 'run_config', 'load_run']
+           'MetricsLog', 'new_run_dir', 'Run', 'as_written', 'run_config', 'load_run']
 
 # %% ../nbs/12_runs.ipynb #45ad67e9
 import json
@@ -22,8 +22,9 @@ from .checkpoint import latest_checkpoint, load_saes
 from .compiling import compile_if_faster
 from .config import apply_overrides, from_dict, read_yaml, to_dict
 from .core import DTYPES, UserError, atomic_path, nearest, progress, read_json, safe_name
+from .data import row_length
 from .devices import divides, on_first, world
-from .documents import DataConfig
+from .documents import DataConfig, reads_text
 from .losses import LossConfig, run_type
 from .machine import CHOICES, autocast, choose_precision, choose_threads, products_of
 from .models import Subject, find_point, resolve_points
@@ -173,7 +174,7 @@ def passes_per_batch(
 # %% ../nbs/12_runs.ipynb #b940abef
 def _rows(config: RunConfig, subject: Subject) -> tuple[int, int]:
     "Sequences and tokens per sequence of this process's share of a batch."
-    length = min(config.train_data.n_ctx or subject.n_ctx or 1, subject.n_ctx or 2**30)
+    length = min(row_length(config.train_data, subject.n_ctx), subject.n_ctx or 2**30)
     return max(1, config.batch_size // (world() if divides("batch") else 1)), length
 
 # %% ../nbs/12_runs.ipynb #1328d7e1
@@ -197,6 +198,13 @@ def settle(
         compiled, facts = outcome.compiled, facts | outcome.facts()
     return [replace(c, compute_dtype=choice.value, compile=compiled) for c in configs], facts
 
+# %% ../nbs/12_runs.ipynb #26e70d7b
+def _lines_as(data: DataConfig | None, other: DataConfig | None) -> DataConfig | None:
+    "A dataset's description, with `lines` as the other has it where no .txt file is read, so that the key says nothing."
+    if data is None or other is None or data.lines == other.lines or reads_text(data.dataset_name):
+        return data
+    return replace(data, lines=other.lines)
+
 # %% ../nbs/12_runs.ipynb #3fa8394e
 def as_settled(
     config: RunConfig,
@@ -204,7 +212,8 @@ def as_settled(
 ) -> RunConfig:
     "The configuration with what it leaves to measurement as `other` has it: equal to `other` if it asks for the same run."
     compute, compiled = (getattr(other if getattr(config, key) == "auto" else config, key) for key in ("compute_dtype", "compile"))
-    return replace(config, compute_dtype=compute, compile=compiled)
+    train, evaluation = (_lines_as(getattr(config, key), getattr(other, key)) for key in ("train_data", "eval_data"))
+    return replace(config, compute_dtype=compute, compile=compiled, train_data=train, eval_data=evaluation)
 
 # %% ../nbs/12_runs.ipynb #1fd05324
 class MetricsLog:
@@ -283,6 +292,14 @@ class Run:
             facts |= {f"L0 at {name}": position["l0"], f"alive at {name}": position["alive"]}
         return facts_table(self.path.name if self.path else "run", facts)
 
+# %% ../nbs/12_runs.ipynb #8d5ee3aa
+def as_written(
+    values: Mapping[str, Any],  # A run's configuration, perhaps older than some keys
+) -> dict[str, Any]:
+    "A stored configuration with the keys that came later as they were meant then: .txt files were read by lines."
+    data = {key: {"lines": True, **values[key]} for key in ("train_data", "eval_data") if isinstance(values.get(key), Mapping)}
+    return {**values, **data}
+
 # %% ../nbs/12_runs.ipynb #ef39d5a8
 def run_config(
     path: Path,  # A run folder
@@ -290,11 +307,7 @@ def run_config(
     "The configuration of a run; a folder that is none is a `UserError`."
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} is not a run folder (no config.yaml); a run folder is what e2e-sae train writes")
-    values = read_yaml(path / "config.yaml")
-    for data in (values.get("train_data"), values.get("eval_data")):
-        if isinstance(data, dict):
-            data.setdefault("lines", True)  # a run of the time before this key read .txt files by lines
-    return RunConfig.from_dict(values)
+    return RunConfig.from_dict(as_written(read_yaml(path / "config.yaml")))
 
 
 def load_run(

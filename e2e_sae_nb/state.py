@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .compiling import compile_blocks, restore_blocks
 from .config import to_dict
 from .core import UserError, config_hash
 from .dead_latents import DeadLatents
-from .data import TokenStream, check_stream, keep_mask, open_stream, special_token_ids
+from .data import TokenStream, check_stream, keep_mask, open_stream, row_length, special_token_ids
 from .devices import add, any_process, divides, my_rows, once, writes
 from .documents import Role
 from .e2e_sae_files import load_pretrained_at
@@ -106,8 +106,11 @@ def keep_for(
     subject: Subject,
 ) -> Callable[[Tensor], Tensor | None]:  # Takes tokens [batch pos]; gives a mask of the same shape, or None: all
     "Which positions of a batch count in a run."
-    special = special_token_ids(subject.tokenizer)
-    return lambda tokens: keep_mask(tokens, special, config.exclude_first_position, config.exclude_special_tokens)
+    first, special = config.exclude_first_position, config.exclude_special_tokens
+    if not (first or special):
+        return lambda tokens: None
+    ids = torch.tensor(special_token_ids(subject.tokenizer) if special else [], dtype=torch.long).to(subject.device)
+    return lambda tokens: keep_mask(tokens, ids, first, special)
 
 # %% ../nbs/12a_state.ipynb #2aa0cfa5
 @dataclass
@@ -140,7 +143,7 @@ class Training:
         "The precision of the network's matrix products."
         return precision(self.config, self.subject)
 
-    @property
+    @cached_property
     def keep(self) -> Callable[[Tensor], Tensor | None]:
         "Which positions of a batch count."
         return keep_for(self.config, self.subject)
@@ -197,7 +200,7 @@ def data_for(config: RunConfig, subject: Subject, role: Role) -> TokenStream:
 # %% ../nbs/12a_state.ipynb #71727395
 def _screens(config: RunConfig, subject: Subject, saes: Mapping[str, SAE]) -> bool:
     "Whether the encoders of a run's SAEs screen in bfloat16; asked once, since a continued run must round as before."
-    tokens = config.batch_size * (config.train_data.n_ctx or subject.n_ctx or 1)
+    tokens = config.batch_size * row_length(config.train_data, subject.n_ctx)
     return all(can_screen(torch.empty(tokens, sae.d_in, dtype=sae.W_enc.dtype, device=subject.device)) for sae in saes.values())
 
 # %% ../nbs/12a_state.ipynb #0316b883

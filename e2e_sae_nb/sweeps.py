@@ -18,7 +18,7 @@ from .devices import once
 from .frontiers import asked_for, frontier
 from .members import FrontierConfig
 from .models import Subject
-from .runs import Run, as_settled
+from .runs import Run, as_settled, as_written
 from .state import subject_for
 
 # %% ../nbs/17_sweep.ipynb #439b12c1
@@ -112,7 +112,7 @@ def _finished(folder: Path, config: FrontierConfig) -> bool:
 
 def _same(stored: Any, config: FrontierConfig) -> bool:
     try:  # a table may be older than some keys, which then have their defaults
-        old = from_dict(FrontierConfig, stored)
+        old = from_dict(FrontierConfig, {**stored, "base": as_written(stored["base"])} if "base" in stored else stored)
         return _hash(old) == _hash(replace(config, base=as_settled(config.base, old.base)))
     except UserError:
         return False

@@ -19,7 +19,7 @@ from .core import FORMAT_VERSION, UserError, atomic_path, progress, provenance, 
 from .corpus import package_versions
 from .data import check_source, choose_side, docstring_corpus_for, ended_ids, is_docstrings, read_documents
 from .data import tokenizer_for
-from .documents import DataConfig, local_files, sided
+from .documents import DataConfig, local_files, reads_text, sided
 from .fingerprints import data_fingerprint
 from .shards import INDEX, PROGRESS, is_shards, map_shard, read_index, tokenizer_facts, verify
 
@@ -114,7 +114,7 @@ def write_shards(
                 "held_out_share": config.held_out_share if held_out is not None else None, "tokenizer": facts["sha256"],
                 "data": data_fingerprint(replace(config, split=split)),
                 "files": [[Path(file).name, Path(file).stat().st_size] for file in local_files(config.dataset_name)]}
-    if any(Path(file).suffix.lower() == ".txt" for file in local_files(config.dataset_name)) or config.dataset_name.endswith(".txt"):
+    if reads_text(config.dataset_name):
         settings["lines"] = config.lines
     if (out / INDEX).is_file():
         check_settings(out, read_index(out), settings)

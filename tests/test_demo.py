@@ -291,21 +291,3 @@ def slowly(subject, saes, place, batches, keep):
     del found["x_hat"]
     return {key: value.mean().item() for key, value in found.items()} | {
         "mse": error.mean().item(), "explained_variance": (1 - error.sum() / (x - x.mean(0)).square().sum()).item()}
-
-
-def test_apple_is_never_asked_for_float64(monkeypatch):
-    "Its tensors are moved to the processor first; emulated by a type that says it lies there."
-    from e2e_sae_nb.metrics import wide
-
-    class OnApple:
-        device = torch.device("mps")
-
-        def double(self):
-            pytest.fail("float64 on Apple's GPU")
-
-        def cpu(self):
-            return torch.ones(2)
-
-    assert wide(OnApple()).dtype == torch.float64  # type: ignore[arg-type]
-
-

@@ -162,13 +162,15 @@ def test_a_continued_run_keeps_what_it_began_with(rates, subject, values, tmp_pa
         train_step(t)
     folder = t.folder
     save(t)
-    asked = rates(0.9)
+    rates(0.9)
     t = resume(folder, subject)
     assert t.config.compute_dtype == "bfloat16" and t.screen is True
     assert t.computing["multiply_adds_per_second"]["bfloat16"] == 8e10
     del t
     continued = train(resume_from=folder, subject=subject)
-    assert continued.summary["compute_dtype"] == "bfloat16" and asked is not None
+    assert continued.summary["compute_dtype"] == "bfloat16"
+    new = begin(RunConfig.from_dict(values | {"save_dir": None}), subject)
+    assert (new.config.compute_dtype, new.screen) == ("float32", False)  # as a run that begins here is computed
     for p, q in zip(whole.saes[PLACE].parameters(), continued.saes[PLACE].parameters(), strict=True):
         assert torch.equal(p, q)
 

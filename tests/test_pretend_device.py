@@ -35,7 +35,7 @@ DEAD = {"which latents are dead, for the auxiliary loss": 1}
 TOP = BATCH | LISTS | DEAD | {"which of the largest are positive": 1}
 BATCH_TOP = TOP | {"which reach the border (for every 2**27 pre-activations)": 1}
 BORDER = {"what is above and what at the border": 2}
-MASK = {"special tokens to the device": 1, "tokens that count": 2, "their penalties, errors, hidden states of two networks, their activations": 7,
+MASK = {"tokens that count": 2, "their penalties, errors, hidden states of two networks, their activations": 7,
         "their pairs": 1}
 CONTROL = {"two norms": 1, "the number of active latents": 1}
 RESAMPLED = BATCH | {"which pairs pass the screen, of which there are too many": 1, "which latents are dead": 1, "weights to the host and draws back": 2}
@@ -121,6 +121,7 @@ def run_and_read(subject, folder, pretend, torch):
     from e2e_sae_nb.evaluation import evaluate_saes
     from e2e_sae_nb.features import firings
     from e2e_sae_nb.runs import RunConfig
+    from e2e_sae_nb.splicing import original_pass
     from e2e_sae_nb.training import train
 
     run = train(RunConfig.from_dict(base(folder) | {"loss": DS, "save_every_n_samples": 24, "eval_every_n_samples": 24, "log_every_n_grad_steps": 1}), subject=subject)
@@ -135,8 +136,11 @@ def run_and_read(subject, folder, pretend, torch):
         assert bool(subject(tokens).cpu().isfinite().all())
     result = evaluate_saes(subject, load_run(run.path).saes, [tokens])
     assert result.kl > 0
-    fired = firings(subject, PLACE, load_run(run.path).saes[PLACE], [tokens])
-    assert fired.n_latents if hasattr(fired, "n_latents") else True
+    sae = load_run(run.path).saes[PLACE]
+    found = firings(subject, PLACE, sae, [tokens])
+    with torch.no_grad():
+        code = sae(original_pass(subject, tokens.to(subject.device), [PLACE]).activations[PLACE]).c
+    assert 0 < found.count.sum() == len(found.value) and found.count.tolist() == (code.cpu() > 0).sum((0, 1)).tolist()
 
 
 def frontier_and_resume(subject, folder, pretend, torch):
