@@ -160,15 +160,19 @@ def train_lm(
     vocab_size: Annotated[int, typer.Option(help="Entries of a new tokenizer (not for docstrings).")] = 4096,
     set_: Overrides = None,
     new_tokenizer: Annotated[bool, typer.Option(help="For docstrings: learn the tokenizer anew.")] = False,
-    eager: Annotated[bool, typer.Option(help="Float32 without torch.compile: slower, reproducible to the bit.")] = False,
+    eager: Annotated[bool, typer.Option(help="Float32 (if auto) without torch.compile: slower, reproducible to the bit.")] = False,
+    compute_dtype: Annotated[str, typer.Option(help="Of products: float32, bfloat16 or auto (the faster); kept when resumed.")] = "auto",
 ) -> None:
     "Train a small language model to be explained."
     from e2e_sae_nb.config import apply_overrides, from_dict
-    from e2e_sae_nb.lm import LMConfig, prepare_text, train_lm as run_training
+    from e2e_sae_nb.core import UserError
+    from e2e_sae_nb.lm import CHOICES, LMConfig, prepare_text, train_lm as run_training
 
+    if compute_dtype not in CHOICES:
+        raise UserError(f"--compute-dtype is one of {', '.join(CHOICES)}; got {compute_dtype!r}")
     config = from_dict(LMConfig, apply_overrides({}, set_ or ()))
     streams, size = prepare_text(data, out, vocab_size, new_tokenizer, lines)
-    run_training(config, streams.pop("train"), streams, size, out, compile=False if eager else "auto")
+    run_training(config, streams.pop("train"), streams, size, out, compute_dtype=compute_dtype, compile=False if eager else "auto")
     print(out)
 
 # %% ../nbs/90_cli.ipynb #7d91d4ac

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .core import Stopwatch, UserError, atomic_path, cache_dir, config_hash, data_path, progress, read_json, say
 from .core import write_json
 from .docstrings import docstrings_in as docstrings_in  # it used to live here
 from .docstrings import docstrings_of
+from .threads import usable_cores
 
 # %% ../nbs/03_corpus.ipynb #d0c6395a
 PACKAGES = ("torch", "numpy", "pandas", "matplotlib", "sympy", "networkx", "transformers", "datasets")
@@ -41,12 +41,12 @@ def python_files(
 def read_docstrings(
     packages: Sequence[str] = PACKAGES,  # Installed packages to read
     min_chars: int = 24,  # Shorter ones ("See base class.") teach a model little
-    processes: int | None = None,  # That read files; as many as torch uses threads if not given
+    processes: int | None = None,  # That read files; as many as this process may use cores if not given
 ) -> Iterator[tuple[str, str]]:  # (package, docstring), each text once
     "Every distinct docstring of the packages, in the order of packages, paths and levels of nesting."
     seen: set[str] = set()
     paths = [(package, path) for package in packages for path in python_files(package)]
-    found = docstrings_of([path for _, path in paths], processes or torch.get_num_threads())
+    found = docstrings_of([path for _, path in paths], processes or usable_cores())
     for (package, _), texts in zip(paths, progress(found, total=len(paths), desc="reading installed docstrings", unit="file"), strict=True):
         for text in texts:
             if len(text) >= min_chars and text not in seen:

@@ -42,7 +42,7 @@ from .ratios import bootstrap_ratio, ce_increase_ratio
 from .runs import Run, settle
 from .sae import SAE
 from .splicing import original_pass, places
-from .state import Training, subject_for
+from .state import Training, data_for, subject_for
 from .threads import settle_threads
 from .training import evaluate_trainings
 
@@ -78,8 +78,8 @@ def measure_speed(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
     "Time a few steps and one evaluated batch of a throw-away copy of a frontier; takes about ten steps' time."
-    configs, _ = settle(members(replace(config, base=replace(config.base, save_dir=None)), subject), subject)
-    trainings = set_out(configs, subject).trainings
+    configs, computing = settle(members(replace(config, base=replace(config.base, save_dir=None)), subject), subject)
+    trainings = set_out(configs, subject, computing).trainings
     plan, batch = shared_plan([t.plan for t in trainings]), config.base.batch_size
 
     def seconds(work: Callable[[], Any]) -> float:
@@ -259,16 +259,18 @@ def settle_plan(
     minutes: float,
     resume: bool = False,  # Take the plan that the run was begun with, if there is one
 ) -> FrontierConfig:
-    "Measure how fast this machine is, decide how long the run will be, say so, and keep the plan for resuming."
-    clock, path, n_ctx = Stopwatch(), out / PLAN, row_length(config.base.train_data, subject.n_ctx)
+    "Measure how fast this machine is once the text is there, decide how long the run will be, say so, and keep the plan."
+    path, n_ctx = out / PLAN, row_length(config.base.train_data, subject.n_ctx)
     if resume and path.is_file():
         record = read_json(path)
         check_format(record.pop("format_version", None), path)
         plan = from_dict(DemoPlan, {key: record[key] for key in (f.name for f in fields(DemoPlan))})
         say(f"going on with {plan.n_samples * n_ctx:,} tokens per SAE, as planned at first", always=True)
         return planned(config, plan)
-    say("measuring how fast this machine is, on a few steps that are thrown away")
     with dividing("saes"):
+        data_for(config.base, subject, "train")  # reads the text if it was never read; the minutes begin afterwards
+        clock = Stopwatch()
+        say("measuring how fast this machine is, on a few steps that are thrown away")
         here = measure_speed(config, subject)
     speed = on_first(lambda: here)
     plan = plan_run(speed, config, minutes, float(clock))

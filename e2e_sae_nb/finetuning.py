@@ -57,6 +57,19 @@ def penalty_like_error(
     error, penalty = (sum(float(value) for name, value in terms.items() if name.startswith(kind)) for kind in ("out_to_in/", "sparsity/"))
     return error / penalty if error > 0 and penalty > 0 else 1.0
 
+# %% ../nbs/18_finetune.ipynb #9786f51a
+def _as_asked(run: Run, folder: Path) -> dict[str, Any]:
+    "Precision and compiling as they were asked for by name; auto where a measurement decided, or nobody knows what did."
+    noted = run.summary.get("computing")
+    if noted is None and (folder / "training.json").is_file():
+        noted = load_state(folder, read_cfg(folder)).get("computing")
+    noted, found = noted or {}, {"compute_dtype": "auto", "compile": "auto"}
+    if noted.get("why") == "asked for":
+        found["compute_dtype"] = run.config.compute_dtype
+    if noted and "compile_why" not in noted:  # the reason is noted wherever there was a choice
+        found["compile"] = run.config.compile
+    return found
+
 # %% ../nbs/18_finetune.ipynb #b0f877fe
 def finetune_config(
     run: Run,  # A finished run, or an imported one that was evaluated
@@ -77,7 +90,7 @@ def finetune_config(
     seed = base.train_data.seed if base.train_data.seed is not None else base.seed
     new = {"loss": loss, "saes": saes, "lr": lr, "n_samples": n_samples, "lr_schedule": "linear", "warmup_samples": 0, "cooldown_samples": n_samples, "max_grad_norm": 1.0,
            "save_dir": run.path.parent, "train_data": replace(base.train_data, seed=seed + 1), "wandb_run_name": f"{run.path.name}_finetuned"}
-    return replace(base, **new | changes)
+    return replace(base, **new | _as_asked(run, folder) | changes)
 
 
 def finetune(

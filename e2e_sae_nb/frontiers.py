@@ -155,10 +155,7 @@ def frontier(
 def _set_out(configs: Sequence[RunConfig], subject: Subject) -> Pass:
     "A fresh pass whose members share what was settled by measurement, and its record."
     settled, facts = settle(configs, subject)
-    state = set_out(settled, subject)
-    for t in state.trainings:
-        t.computing = facts
-    return state
+    return set_out(settled, subject, facts)
 
 # %% ../nbs/14_frontier.ipynb #17804246
 def _lock(folder: Path, held: contextlib.ExitStack) -> None:

@@ -9,6 +9,7 @@ __all__ = ['RECORD', 'Pass', 'set_out', 'take_up']
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import checkpoints, clear_up
 from .core import FORMAT_VERSION, Stopwatch, UserError, check_format, read_json, write_json
@@ -57,11 +58,12 @@ class Pass:
 def set_out(
     configs: Sequence[RunConfig],
     subject: Subject,
+    computing: dict[str, Any] | None = None,  # What `settle` found, where the configurations come from it
 ) -> Pass:
-    "A fresh pass; the data are opened once."
+    "A fresh pass; the data are opened once, and what is measured is measured once."
     configs = in_turns(configs)
-    trainings = [begin(configs[0], subject)]
-    state = Pass(trainings + [begin(config, subject, stream=trainings[0].stream) for config in configs[1:]])
+    first = begin(configs[0], subject, computing=computing)
+    state = Pass([first] + [begin(config, subject, stream=first.stream, computing=first.computing) for config in configs[1:]])
     state.record()
     return state
 
@@ -87,4 +89,4 @@ def take_up(
     reached = max(set.intersection(*({0, *checkpoints(path)} for path in paths)))  # 0: the beginning
     paths = in_turns(paths)
     first = resume(paths[0], subject, samples=reached)
-    return Pass([first] + [resume(path, subject, samples=reached, stream=first.stream) for path in paths[1:]], record["shared_seconds"])
+    return Pass([first] + [resume(path, subject, samples=reached, stream=first.stream, computing=first.computing) for path in paths[1:]], record["shared_seconds"])

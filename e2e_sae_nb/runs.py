@@ -181,12 +181,13 @@ def _rows(config: RunConfig, subject: Subject) -> tuple[int, int]:
 def settle(
     configs: Sequence[RunConfig],  # Members of a frontier, or one run; they agree on subject and data
     subject: Subject,
+    threads: bool = True,  # Choose their number as well; False: whoever shares this pass has done it
 ) -> tuple[list[RunConfig], dict[str, Any]]:  # The configurations without auto; what was measured
     "Choose precision and compiling by measurement where the configurations leave them open."
     first, (rows, length) = configs[0], _rows(configs[0], subject)
     width = max(find_point(subject, name).width for name in resolve_points(subject, first.saes.sae_positions))
     products = products_of(rows * length, width, subject.vocab_size)
-    set_threads(choose_threads(products, subject.device)) if may_choose() else None
+    set_threads(choose_threads(products, subject.device)) if threads and may_choose() else None
     choose = lambda: choose_precision(first.compute_dtype, products, subject.device, subject.dtype)
     choice = on_first(choose) if first.compute_dtype == "auto" else choose()
     facts, compiled = choice.facts() | {"threads": torch.get_num_threads()}, first.compile

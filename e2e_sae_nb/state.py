@@ -155,10 +155,12 @@ def begin(
     name: str | None = None,  # Of the run's folder
     stream: TokenStream | Prefetch | None = None,  # Of training batches, if the run shares another one's
     checkpoint: Path | None = None,  # Whose SAEs are taken up; new ones if not given
+    computing: dict[str, Any] | None = None,  # What `settle` found, where the configuration comes from it; else it is asked now
 ) -> Training:
     "A fresh run: subject, SAEs, plan, optimizer, data; its folder is made last, when all else is known to work."
     subject = subject or subject_for(config)
-    (config,), computing = settle([config], subject)
+    if computing is None or "auto" in (config.compute_dtype, config.compile):
+        (config,), computing = settle([config], subject, threads=stream is None)
     keep_for(config, subject)(torch.zeros(1, 2, dtype=torch.long))  # what cannot be excluded is said now
     names = resolve_points(subject, config.saes.sae_positions)
     plan = make_plan(subject, names, config.loss, list(paired_inputs(subject, names, config.saes.input_positions).values()))
@@ -310,6 +312,7 @@ def resume(
     *,
     samples: int | None = None,  # Of which checkpoint; the last if not given
     stream: TokenStream | Prefetch | None = None,  # As for `begin`
+    computing: dict[str, Any] | None = None,  # As for `begin`
 ) -> Training:
     "The state of a run as of one of its checkpoints."
     path = Path(path)
@@ -317,7 +320,7 @@ def resume(
     once(lambda: _clear_up_alone(path))
     kept = checkpoints(path)
     folder = kept[max(kept) if samples is None else samples] if kept and samples != 0 else None
-    t = begin(replace(config, save_dir=None), subject, stream=stream, checkpoint=folder)
+    t = begin(replace(config, save_dir=None), subject, stream=stream, checkpoint=folder, computing=computing)
     t.config, t.folder = as_settled(config, t.config), path
     if folder is None:
         return t

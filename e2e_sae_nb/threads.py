@@ -66,14 +66,25 @@ def usable_cores(
 # %% ../nbs/00c_threads.ipynb #58ef65c5
 SAYS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # a number in one of these variables is the user's word
 _set: list[int] = []  # the number this package gave torch last, to tell it from the user's
+_first: list[int] = []  # the number torch had when first looked at
+_written: dict[str, str] = {}  # what this package wrote into these variables
+
+
+def _by_itself() -> set[int]:
+    "The number that torch came to by itself; empty if what it had at the first look was the user's."
+    import torch
+
+    _first[:] = _first or [torch.get_num_threads()]
+    machine, half = os.cpu_count() or 1, (os.cpu_count() or 1) // 2  # half: two threads share a core
+    return {*_first} & ({machine, cores_in_mask(), *map(int, _written.values())} | ({half} if half > 1 else set()))
 
 
 def may_choose() -> bool:
     "Whether torch's number of threads is nobody's word: what torch came to by itself, or what this package set."
     import torch
 
-    by_itself = {os.cpu_count() or 1, cores_in_mask(), max(1, (os.cpu_count() or 1) // 2), *_set}  # half: two threads share a core
-    return torch.get_num_threads() in by_itself and not any(os.environ.get(name) for name in SAYS)
+    said = any(value and value != _written.get(name) for name in SAYS if (value := os.environ.get(name)))
+    return torch.get_num_threads() in {*_by_itself(), *_set} and not said
 
 # %% ../nbs/00c_threads.ipynb #a57fd65d
 def set_threads(
@@ -82,6 +93,7 @@ def set_threads(
     "Give torch a number of threads, as this package's choice and not the user's."
     import torch
 
+    _by_itself()  # looked at before it changes
     torch.set_num_threads(n)
     _set[:] = [n]
 
@@ -89,11 +101,11 @@ def set_threads(
 def settle_threads(
     root: Path = Path("/"),  # The file system's root; another one for tests
 ) -> int:  # Threads from now on
-    "Lower torch's number of threads to the cores this process may use, unless the user has said a number."
+    "As many threads as this process may use cores, and at most torch's own number, unless the user has said a number."
     import torch
 
     now = torch.get_num_threads()
-    if may_choose() and (wanted := usable_cores(root) if _set else min(now, usable_cores(root))) != now:
+    if may_choose() and (wanted := min(usable_cores(root), *(_by_itself() or {now}))) != now:
         set_threads(wanted)
     return torch.get_num_threads()
 
@@ -103,4 +115,5 @@ def settle_environment(
 ) -> None:
     "Before torch is imported: say by OMP_NUM_THREADS what control groups leave, where they leave less than the mask."
     if usable_cores(root) < cores_in_mask() and not any(os.environ.get(name) for name in SAYS):
-        os.environ["OMP_NUM_THREADS"] = str(usable_cores(root))
+        _set[:] = [usable_cores(root)]
+        _written["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(*_set)

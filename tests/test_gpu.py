@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from e2e_sae_nb import kernels, sparse_step
+from e2e_sae_nb import kernels, machine, sparse_step
 from e2e_sae_nb.architectures import new_sae
 from e2e_sae_nb.core import FORMAT_VERSION, UserError, write_json
 from e2e_sae_nb.devices import first_largest
@@ -59,6 +59,19 @@ def draw() -> Callable[..., torch.Tensor]:
     "Normally distributed numbers on the device, the same in every run."
     g = torch.Generator().manual_seed(0)
     return lambda *shape, dtype=torch.float32: torch.randn(*shape, generator=g).to(dtype).to(DEVICE)
+
+
+# --- precision ------------------------------------------------------------------------------------------------------------------------------
+@real
+@pytest.mark.parametrize("batch", [4, 16])
+def test_auto_is_bfloat16_at_the_size_of_gpt2_small(batch, monkeypatch):
+    "Devices of capability 8.0 and more have 16-bit matrix units several times as fast as float32."
+    if torch.cuda.get_device_capability(DEVICE) < (8, 0):
+        pytest.skip("an older device")
+    monkeypatch.delenv(machine.VARIABLE, raising=False)
+    machine.measured_rates.cache_clear()
+    found = machine.choose_precision("auto", machine.products_of(batch * 512, 768, 50257), torch.device(DEVICE))
+    assert found.value == "bfloat16", found
 
 
 # --- kernels, against float64 ---------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import json
 import os
+import platform
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -85,7 +87,7 @@ def test_slow_products_are_given_up_on_the_first_rung():
         asked.append((product, low))
         return 2 * product[0] * product[1] * product[2] / (5e8 if low else 4e10)
     found = measure_rates(products_of(8192, 4096, 256_000), CPU, slow)
-    assert found.gain == pytest.approx(1 / 80) and {product for product, _ in asked} == {(128, 128, 128)} and len(asked) == 8
+    assert found.gain == pytest.approx(1 / 80) and {product for product, _ in asked} == {(128, 128, 128)} and len(asked) == 2 + 8
     assert sum(slow(product, low, CPU) for product, low in list(asked)) < 0.1  # seconds, all in all
 
 
@@ -94,7 +96,79 @@ def test_a_budget_ends_a_measurement_that_takes_long(monkeypatch):
     monkeypatch.setattr(machine, "Stopwatch", lambda: type("Fake", (), {"__float__": lambda self: float(next(clock))})())
     asked = []
     found = measure_rates(LARGE, CPU, lambda *a: asked.append(a) or 1.0, budget=0.5)
-    assert found.gain == 1.0 and len(asked) == 2  # one product in each precision
+    assert found.gain == 1.0 and len(asked) == 2 + 2 * 3  # of each precision one before the clock starts, one that warms up, two that count
+    assert {product for product, _, _ in asked} == {(128, 128, 128)}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    "A clock that only a stand-in for the work moves: `clock.now += seconds`."
+    class Clock:
+        now = 0.0
+
+    class Watch:
+        def __init__(self):
+            self.began = Clock.now
+
+        def __float__(self):
+            return Clock.now - self.began
+    monkeypatch.delenv(machine.VARIABLE, raising=False)
+    monkeypatch.setattr(machine, "Stopwatch", Watch)
+    return Clock
+
+
+@pytest.mark.parametrize("gain", [1 / 80, 0.7, 3.0])
+@pytest.mark.parametrize("cold_calls", [1, 2])
+@pytest.mark.parametrize("speed", [4e10, 4e8])
+def test_what_a_process_does_once_is_not_measured(gain, cold_calls, speed, clock):
+    "The first products take a second longer (an import, threads that start), on a fast machine and on one so slow that the budget ends everything."
+    asked = []
+
+    def seconds(product, low, device):
+        asked.append(product)
+        took = 2 * product[0] * product[1] * product[2] / (speed * (gain if low else 1.0)) + (len(asked) <= cold_calls)
+        clock.now += took
+        return took
+    found = measure_rates(LARGE, CPU, seconds)
+    assert found.gain == pytest.approx(gain) and found.float32 == pytest.approx(speed)
+    assert choose_precision("auto", LARGE, CPU, measure=lambda *_: found).value == ("bfloat16" if gain > 1.25 else "float32")
+    assert ((512, 192, 768) in asked) is (gain > 0.5)
+
+
+def test_a_held_up_first_time_of_a_shape_does_not_count(clock):
+    "Kernels are chosen per shape: the first time of either precision may be slow, and a late clock accepts no lone first time."
+    seen = []
+
+    def seconds(product, low, device):
+        took = 1e-3 if (product, low) in seen else 1.0
+        seen.append((product, low))
+        clock.now += took
+        return took
+    assert measure_rates(LARGE, CPU, seconds).gain == pytest.approx(1.0)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the libraries cannot be told to know less")
+def test_a_cold_process_on_a_processor_without_16_bit_units():
+    "In a process of its own whose libraries are told to know no more than AVX2, where each 16-bit product is emulated."
+    code = ("import torch; from e2e_sae_nb.machine import choose_precision, products_of\n"
+            "torch.set_num_threads(1); print(choose_precision('auto', products_of(1024, 192, 4096), torch.device('cpu')).value)")
+    plain = {k: v for k, v in os.environ.items() if k != machine.VARIABLE}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT,
+                          env=plain | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"})
+    assert done.stdout.strip() == "float32"
+
+
+def test_on_a_gpu_no_product_is_timed_that_only_times_its_launch():
+    "A launch takes 20 microseconds, and the casts of a 16-bit product two launches more."
+    asked = []
+
+    def seconds(product, low, device):
+        asked.append(product)
+        return 2e-5 * (3 if low else 1) + 2 * product[0] * product[1] * product[2] / (4e14 if low else 4e13)
+    products = products_of(8192, 768, 50257)
+    found = measure_rates(products, torch.device("cuda"), seconds)
+    assert found.gain > 4 and (128, 128, 128) not in asked[2:]
+    assert measure_rates(products, CPU, seconds).gain < 0.5  # what the small rung would have said
 
 
 def test_a_real_measurement_on_this_machine_has_an_outcome():
@@ -274,6 +348,99 @@ def test_what_was_decided_about_compiling_is_recorded(asked, outcome, recorded, 
 
 # threads
 
+def forget():
+    "As in a fresh process."
+    for known in (threads._set, threads._first, threads._written):
+        known.clear()
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    "A machine of so many cores on which nobody has said a number, and torch as it starts there."
+    before = torch.get_num_threads()
+
+    def pretend(n):
+        for name in threads.SAYS:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(threads, "cores_in_mask", lambda: n)
+        monkeypatch.setattr(threads.os, "cpu_count", lambda: n)
+        torch.set_num_threads(n)
+        forget()
+    yield pretend
+    torch.set_num_threads(before)
+    forget()
+
+
+def quota(folder, n):
+    "A file system whose control group may use so many cores."
+    for name, text in (("proc/self/cgroup", "0::/\n"), ("sys/fs/cgroup/cpu.max", f"{n}00000 100000\n")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_what_the_command_line_says_to_torch_is_not_the_users_word(cores, tmp_path, monkeypatch):
+    cores(8)
+    root = quota(tmp_path, 4)
+    threads.settle_environment(root)
+    assert os.environ["OMP_NUM_THREADS"] == "4"
+    torch.set_num_threads(4)  # what torch takes from the variable
+    assert threads.may_choose() and threads.settle_threads(root) == 4
+    asked = []
+    machine.choose_threads(LARGE, CPU, lambda *a: asked.append(a) or 1.0)
+    assert asked
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # now it is somebody else's
+    assert not threads.may_choose()
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_a_number_said_between_two_runs_wins(cores, tmp_path, n):
+    cores(n)
+    assert threads.settle_threads(tmp_path) == n
+    threads.set_threads(n)  # an earlier run measured, and kept all
+    torch.set_num_threads(said := n // 2)
+    assert not threads.may_choose() and threads.settle_threads(tmp_path) == said
+
+
+def test_the_number_never_rises_above_torchs_own(cores, tmp_path):
+    cores(8)
+    torch.set_num_threads(4)  # two threads share a core
+    assert threads.settle_threads(tmp_path) == 4
+    threads.set_threads(1)  # measured for one run
+    assert threads.settle_threads(tmp_path) == 4  # the next one begins from torch's own number, not from the mask's
+
+
+@pytest.mark.parametrize("held_up", [range(0), range(0, 14), range(5, 9), range(10, 26)])
+def test_a_noisy_moment_does_not_decide_the_number_of_threads(cores, held_up):
+    cores(2)
+    asked = []
+
+    def seconds(product, low, device):
+        asked.append(torch.get_num_threads())
+        return 10.0 if len(asked) - 1 in held_up and torch.get_num_threads() == 2 else 1.0
+    assert machine.choose_threads(LARGE, CPU, seconds) == 2 == torch.get_num_threads()
+
+
+def test_the_number_of_threads_is_chosen_once_per_pass(cores, subject, values, monkeypatch):
+    "Every further measurement would say one thread; all members record what they ran with."
+    cores(2)
+    asked = []
+    monkeypatch.setattr(runs, "choose_threads", lambda products, device: asked.append(1) or (torch.get_num_threads() if len(asked) == 1 else 1))
+    settled, ran = members_of(values | {"compute_dtype": "float32", "compile": False}), []
+    made = frontier(settled, subject=subject, on_step=lambda state: ran.append(torch.get_num_threads()))
+    assert len(asked) == 1 and set(ran) == {2} == {run.summary["computing"]["threads"] for run in made}
+    asked.clear()
+    frontier(members_of(values | {"save_dir": values["save_dir"] + "2"}), subject=subject)
+    assert len(asked) == 1
+    configs = [run_config(run.path) for run in made]
+    for run in made:  # interrupted before the first checkpoint
+        for folder in (run.path / "checkpoints").iterdir():
+            shutil.rmtree(folder)
+    asked.clear()
+    state = take_up(configs, subject)
+    assert state is not None and len(asked) == 1 and len({id(t.computing) for t in state.trainings}) == 1
+
+
 def test_threads_of_a_fake_container(tmp_path):
     "The page's trees in one process of its own: a quota of one core lowers torch's number, OMP_NUM_THREADS wins."
     (tmp_path / "proc/self").mkdir(parents=True)
@@ -326,7 +493,9 @@ def test_one_thread_where_it_is_faster(gain, taken, subject, values, monkeypatch
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(machine, "SMALL", 0)
     monkeypatch.setattr(threads, "cores_in_mask", lambda: 2)
+    monkeypatch.setattr(threads.os, "cpu_count", lambda: 2)
     before, seconds = torch.get_num_threads(), lambda product, low, device: 1.0 / (gain if torch.get_num_threads() == 2 else 1.0)
+    forget()
     monkeypatch.setattr(runs, "choose_threads", lambda products, device: machine.choose_threads(products, device, seconds))
     try:
         torch.set_num_threads(2)
@@ -335,9 +504,90 @@ def test_one_thread_where_it_is_faster(gain, taken, subject, values, monkeypatch
         torch.set_num_threads(2)
         gain = 1.8
         assert resume(run.path, subject).computing["threads"] == taken == torch.get_num_threads()
-        torch.set_num_threads(somebodys := (os.cpu_count() or 1) + 3)
+        torch.set_num_threads(somebodys := 5)
         train(RunConfig.from_dict(values | {"compute_dtype": "float32"}), subject=subject)
         assert torch.get_num_threads() == somebodys
     finally:
         torch.set_num_threads(before)
-        threads._set.clear()
+        forget()
+
+
+@pytest.mark.parametrize("chosen", [1, 5])
+def test_docstrings_are_read_by_as_many_processes_as_there_are_cores(chosen, monkeypatch):
+    "However many threads torch has been given."
+    from e2e_sae_nb import corpus
+
+    given, before = [], torch.get_num_threads()
+    monkeypatch.setattr(corpus, "docstrings_of", lambda paths, processes: given.append(processes) or [[] for _ in paths])
+    monkeypatch.setattr(threads, "cores_in_mask", lambda: 3)
+    monkeypatch.setattr(threads, "cgroup_quota", lambda root: None)
+    try:
+        torch.set_num_threads(chosen)
+        assert list(corpus.read_docstrings(["networkx"])) == [] and given == [3]
+        monkeypatch.setattr(threads, "cgroup_quota", lambda root: 2.5)
+        list(corpus.read_docstrings(["networkx"]))
+        list(corpus.read_docstrings(["networkx"], processes=7))
+        assert given == [3, 2, 7]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_minutes_begin_once_the_text_is_there(subject, values, tmp_path, monkeypatch):
+    from e2e_sae_nb import demonstration
+
+    done, spent = [], []
+
+    class Watch:
+        def __init__(self):
+            done.append("clock")
+
+        def __float__(self):
+            return 0.0
+    monkeypatch.setattr(demonstration, "Stopwatch", Watch)
+    monkeypatch.setattr("e2e_sae_nb.demonstration.data_for", lambda *_: done.append("text"), raising=False)
+    monkeypatch.setattr(demonstration, "measure_speed", lambda *_: done.append("measured") or demonstration.Speed(1.0, 1.0, 0.1))
+    plain = demonstration.plan_run
+    monkeypatch.setattr(demonstration, "plan_run", lambda *args: spent.append(args[-1]) or plain(*args))
+    demonstration.settle_plan(members_of(values | {"warmup_samples": 0}), subject, tmp_path, 6.0)
+    assert done == ["text", "clock", "measured"] and spent == [0.0]
+
+
+# fine-tunes
+
+@pytest.mark.parametrize("compiled", [False, "auto"])
+@pytest.mark.parametrize("asked", ["auto", "bfloat16"])
+def test_a_fine_tune_measures_what_its_run_measured(asked, compiled, rates, subject, values):
+    "On another machine, perhaps: what was asked for by name stays, and a folder without a record asks for nothing."
+    from e2e_sae_nb.checkpoint import save_checkpoint
+    from e2e_sae_nb.finetuning import finetune_config
+    from e2e_sae_nb.runs import load_run
+
+    rates(8.0)
+    run = train(RunConfig.from_dict(values | {"compute_dtype": asked, "compile": compiled}), subject=subject)
+    assert run.config.compute_dtype == "bfloat16"
+    for loaded in (run, load_run(run.path), replace(load_run(run.path), summary={k: v for k, v in run.summary.items() if k != "computing"})):
+        config = finetune_config(loaded, 8, subject=subject)
+        assert (config.compute_dtype, config.compile) == (asked, compiled)
+    assert finetune_config(run, 8, subject=subject, compute_dtype="float32").compute_dtype == "float32"
+    save_checkpoint(run.path / "checkpoints" / "samples_99", run.saes, {})  # weights alone
+    bare = replace(load_run(run.path), summary={k: v for k, v in run.summary.items() if k != "computing"})
+    config = finetune_config(bare, 8, subject=subject)
+    assert (config.compute_dtype, config.compile) == ("auto", "auto")
+
+
+# train-lm
+
+def test_train_lm_takes_a_precision(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from e2e_sae_nb import lm
+    from e2e_sae_nb.cli import app
+
+    given = []
+    monkeypatch.setattr(lm, "prepare_text", lambda *_: ({"train": [], "held_out": []}, 10))
+    monkeypatch.setattr(lm, "train_lm", lambda *_, **more: given.append(more))
+    for words in ([], ["--compute-dtype", "bfloat16"], ["--eager"]):
+        assert CliRunner().invoke(app, ["train-lm", "--out", str(tmp_path / "lm"), *words]).exit_code == 0
+    assert given == [{"compute_dtype": "auto", "compile": "auto"}, {"compute_dtype": "bfloat16", "compile": "auto"}, {"compute_dtype": "auto", "compile": False}]
+    refused = CliRunner().invoke(app, ["train-lm", "--out", str(tmp_path / "lm"), "--compute-dtype", "half"])
+    assert isinstance(refused.exception, UserError) and "auto, float32, bfloat16" in str(refused.exception) and len(given) == 3
