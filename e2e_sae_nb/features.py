@@ -140,14 +140,8 @@ def _parts(place: str) -> tuple[str, str]:  # Block, and the rest of the name
 # %% ../nbs/45_features.ipynb #45967c91
 def _inputs_of_norm(subject: Subject, tokens: Tensor) -> Tensor:
     "The residual stream at the network's end."
-    caught: list[Tensor] = []
-    assert subject.norm is not None
-    handle = subject.norm.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
-    try:
-        original_pass(subject, tokens)
-    finally:
-        handle.remove()
-    return caught[-1].detach()
+    last = f"blocks.{len(subject.blocks) - 1}.hook_resid_post"  # the norm may be none of the network's modules: a quotient, or nothing
+    return original_pass(subject, tokens, [last], stop=True).activations[last].detach()
 
 # %% ../nbs/45_features.ipynb #f7fc068a
 def _entering(subject: Subject, place: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -373,7 +367,7 @@ def describe(
     found = firings(subject, place, sae, batches, keep)
     latents = np.argsort(-found.count, kind="stable")[:limit]
     latents = sorted(latents[found.count[latents] > 0].tolist())
-    rows, (text, mask) = sae.dictionary.detach()[latents], _sample(found)
+    rows, (text, mask) = sae.dictionary.detach()[torch.tensor(latents, dtype=torch.int64)], _sample(found)
     one = rows / sae.input_scale  # what an activation of 1 adds
     direct = direct_effects(subject, one, place=place, tokens=text, mask=mask)
     near, company = nearest_by_cosine(rows), nearest_by_company(found, latents)

@@ -41,8 +41,9 @@ class Reader:
         new = tokens[None].to(self.subject.device)
         if self.cached:
             out = self.subject.model(new, past_key_values=self.past, use_cache=True)
-            self.past, logits = out.past_key_values, out.logits
-        else:
+            self.past, logits = getattr(out, "past_key_values", None), out.logits
+            self.cached = self.past is not None  # some networks take a cache and give none back; that shows at the first reading
+        if not self.cached:
             self.text = torch.cat([self.text, new], dim=1)
             logits = self.subject(self.text)
         return logits[0, -1].to(torch.promote_types(logits.dtype, torch.float32))

@@ -250,7 +250,7 @@ def points_of(
         add("mlp.hook_post", parts.post, "in", 4, _fan_in(parts.post) if parts.post else 0)
         add("hook_mlp_out", parts.mlp, "out", 5, d, scale=parts.beta)
         after = structure.blocks[i + 1] if i + 1 < len(blocks) else structure.tail[0] if structure.tail else None
-        if after is None:  # no final norm: the last block's output itself
+        if after is None or len(trace.calls[after]) > 1:  # no final norm, or one that is called before the blocks, too
             add("hook_resid_post", block, "out", 6, d)
         else:
             shared = trace.calls[after][0].changed("in")

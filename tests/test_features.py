@@ -9,9 +9,10 @@ from torch import nn
 
 from e2e_sae_nb.core import UserError
 from e2e_sae_nb.dashboard import features, pane, subjects_of
+from e2e_sae_nb.families import FAMILIES
 from e2e_sae_nb.features import describe, direct_effects, direct_path, firings, no_direct_path
 from e2e_sae_nb.generation import compare, generate
-from e2e_sae_nb.models import Subject, load_subject, tiny_model, tiny_subject
+from e2e_sae_nb.models import Subject, load_subject, subject_from_model, tiny_model, tiny_subject
 from e2e_sae_nb.passages import cases_of
 from e2e_sae_nb.runs import RunConfig
 from e2e_sae_nb.sae import SAE
@@ -94,6 +95,30 @@ def test_direct_effects_are_the_networks_own(family, kind):
     if family not in CAPPED:
         assert [effect["up"][0][0] for effect in top] == expected.argmax(-1).tolist()
         assert [effect["down"][0][0] for effect in top] == expected.argmin(-1).tolist()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_direct_effects(name):
+    "Final norms that are divided, called twice or missing, too: a finite difference at the end of the residual stream."
+    kind, sizes = FAMILIES[name]
+    try:
+        subject = subject_from_model(tiny_model(kind, sizes=sizes, dtype="float64"), name=name)
+    except UserError:
+        pytest.skip("refused, as its row of the table says")
+    end, tokens = f"blocks.{len(subject.blocks) - 1}.hook_resid_post", torch.arange(18).view(2, 9)
+    row, step, passed = torch.linspace(-1, 1, subject.points[end].width, dtype=torch.float64).sin(), 0.01, []
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad(), edit(subject, [(end, lambda x, sign=sign: passed.append(sign) or x + (sign * step * row).to(x))]):
+            ends.append(subject(tokens).double().flatten(0, 1).mean(0))
+    assert passed == [1, -1]  # once per pass
+    expected = (ends[0] - ends[1]) / (2 * step)
+    expected -= expected.mean()
+    found = direct_path(subject, end, tokens).logits(row[None])[0]
+    assert (found - expected).norm() < (0.03 if subject.head.softcap else 1e-3) * expected.norm()
+    inner = [place for place in subject.points if place.startswith(f"blocks.{len(subject.blocks) - 1}.")]
+    assert inner
+    assert all(direct_effects(subject, torch.eye(subject.points[place].width)[:1], k=1, place=place, tokens=tokens) for place in inner)
 
 
 def test_only_counted_positions_are_averaged():

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from e2e_sae_nb.architectures import ARCHITECTURES, new_sae
+from e2e_sae_nb.core import UserError
+from e2e_sae_nb.families import FAMILIES as EVERY
 from e2e_sae_nb.generation import Reader, Sampling, compare, generate
 from e2e_sae_nb.layouts import LAYOUTS
-from e2e_sae_nb.models import find_point, tiny_subject
+from e2e_sae_nb.models import find_point, subject_from_model, tiny_model, tiny_subject
 from e2e_sae_nb.splicing import splice
 
 FAMILIES = sorted(set(LAYOUTS) - {"gemma3", "native"})  # gemma3 is the multimodal wrapper of gemma3_text
@@ -29,6 +31,21 @@ def test_cache_changes_nothing(family):
         assert torch.allclose(cached.logits, whole.logits, rtol=0, atol=1e-5), kind  # several families compute norms or attention in float32
         assert torch.equal(cached.tokens, whole.tokens), kind
         assert not torch.allclose(whole.logits[0], generate(subject, PROMPT, 1).logits[0], atol=1e-3), "the SAE did nothing"
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_family_generates(name):
+    "Also those that take a cache and give none back: what is written with a cache asked for is what is written without one."
+    kind, sizes = EVERY[name]
+    try:
+        subject = subject_from_model(tiny_model(kind, sizes=sizes), name=name)
+    except UserError:
+        pytest.skip("refused, as its row of the table says")
+    place = f"blocks.{len(subject.blocks) - 1}.hook_resid_pre"
+    saes = {place: new_sae("relu", find_point(subject, place).width, 48)}
+    cached, whole = (generate(subject, PROMPT, 4, saes=saes, use_cache=flag) for flag in (True, False))
+    assert torch.equal(cached.tokens, whole.tokens)
+    assert (cached.logits - whole.logits).abs().max() < 1e-3 * whole.logits.abs().max()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -230,6 +230,27 @@ def test_weights_that_are_not_the_models(drop, says, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["codegen", "gptj", "gpt_neox"])
+def test_buffers_in_the_files_are_no_other_architecture(name, tmp_path):
+    "Older versions of transformers wrote masks and frequencies; a mask of an unknown name shows by its type. A foreign weight is still refused."
+    from safetensors.torch import load_file, save_file
+
+    from e2e_sae_nb.families import FAMILIES
+
+    kind, sizes = FAMILIES[name]
+    tiny_model(kind, sizes=sizes).save_pretrained(tmp_path)
+    plain, path = load_subject(tmp_path, device="cpu")(TOKENS), tmp_path / "model.safetensors"
+    weights, block = load_file(path), {"gpt_neox": "gpt_neox.layers.0.attention"}.get(name, "transformer.h.0.attn")
+    buffers = {"causal_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool), "bias": torch.ones(1, 1, 8, 8), "masked_bias": torch.tensor(-1e9),
+               "rotary_emb.inv_freq": torch.ones(2), "scale_attn": torch.tensor(2.0), "odd_mask": torch.ones(8, dtype=torch.uint8)}
+    weights |= {f"{block}.{key}": value for key, value in buffers.items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    assert torch.allclose(load_subject(tmp_path, device="cpu")(TOKENS), plain, atol=1e-5)
+    save_file(weights | {f"{block}.odd.weight": torch.ones(8)}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"1 tensors of blocks .*: {block}.odd.weight$"):
+        load_subject(tmp_path, device="cpu")
+
+
 @pytest.mark.parametrize("name, content, says", [
     ("model.safetensors", b"\x10", "no complete safetensors"), ("config.json", b"{", "cannot be read as JSON"),
     ("config.json", b"{}", "no model_type"), ("adapter_config.json", b'{"base_model_name_or_path": "b"}', "adapter for b"),
