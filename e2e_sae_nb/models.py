@@ -246,7 +246,7 @@ def _load_model(source: str, dtype: str, name: str) -> nn.Module:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
-    check_loading(name, model, info)
+    check_loading(name, model, info, Path(source) if Path(source).is_dir() else None)
     check_finite(name, model)
     return model
 
