@@ -63,7 +63,8 @@ def _as_asked(run: Run, folder: Path) -> dict[str, Any]:
     noted = run.summary.get("computing")
     if noted is None and (folder / "training.json").is_file():
         noted = load_state(folder, read_cfg(folder)).get("computing")
-    noted, found = noted or {}, {"compute_dtype": "auto", "compile": "auto"}
+    noted = noted or {}
+    found: dict[str, Any] = {"compute_dtype": "auto", "compile": "auto"}
     if noted.get("why") == "asked for":
         found["compute_dtype"] = run.config.compute_dtype
     if noted and "compile_why" not in noted:  # the reason is noted wherever there was a choice

@@ -89,4 +89,5 @@ def take_up(
     reached = max(set.intersection(*({0, *checkpoints(path)} for path in paths)))  # 0: the beginning
     paths = in_turns(paths)
     first = resume(paths[0], subject, samples=reached)
-    return Pass([first] + [resume(path, subject, samples=reached, stream=first.stream, computing=first.computing) for path in paths[1:]], record["shared_seconds"])
+    shared: dict[str, Any] = {"samples": reached, "stream": first.stream, "computing": first.computing}
+    return Pass([first] + [resume(path, subject, **shared) for path in paths[1:]], record["shared_seconds"])
