@@ -6,9 +6,12 @@ from transformers import AutoTokenizer
 
 from e2e_sae_nb.core import UserError, data_path, load_result
 from e2e_sae_nb.families import FAMILIES, broken_promises, family_row
+from e2e_sae_nb.folding import fold_weights, is_vector_norm, stream_norms
+from e2e_sae_nb.inner import points_of
 from e2e_sae_nb.layouts import LAYOUTS
 from e2e_sae_nb.models import load_subject, open_bridge, subject_from_model, tiny_model
 from e2e_sae_nb.splicing import check_replay, original_pass
+from e2e_sae_nb.structure import find_structure, probe_tokens, watch
 
 STORED = load_result(data_path("results/families.json"))["families"]
 TOKENS = torch.randint(37, (2, 10), generator=torch.Generator().manual_seed(0))
@@ -22,6 +25,37 @@ def test_family(name):
         assert "\n" not in row["refused"] and "broken" not in row["refused"] and "report" not in row["refused"]
     else:
         assert row["resid_pre, resid_post"] == "proven"  # whatever has blocks has these
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_processed_weights_of_every_family(name, capfd):
+    "Folding keeps the predictions; norms of the residual stream have no weight left, or a line says how many have."
+    kind, sizes = FAMILIES[name]
+    model = tiny_model(kind, sizes=sizes)
+    with torch.no_grad():
+        for i, parameter in enumerate(p for p in model.parameters() if p.ndim == 1):
+            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)).to(parameter)
+    try:
+        before = subject_from_model(model, name=name)(TOKENS).log_softmax(-1)
+    except UserError:
+        pytest.skip("refused, as its row of the table says")
+    capfd.readouterr()
+    if name == "recurrent_gemma":  # its recurrence is no sum of linear maps that folding knows
+        with pytest.raises(UserError, match="processed_weights cannot be had"):
+            fold_weights(model, probe_tokens(37), name)
+        return
+    fold_weights(model, probe_tokens(37), name)
+    said = "".join(capfd.readouterr())
+    assert (model(TOKENS).logits.log_softmax(-1) - before).abs().max() < 1e-3 * before.abs().max()
+    trace = watch(model, probe_tokens(37))
+    structure = find_structure(model, trace, name)
+    parts = points_of(structure, trace, model.config)[1]
+    blocks = [trace.calls[path][0] for path in structure.blocks]
+    norms = [c.module for block, part in zip(blocks, parts, strict=True) for c in stream_norms(trace, block, part)]
+    norms += [c.module for c in (trace.calls[path][0] for path in structure.tail[-1:]) if is_vector_norm(c)]
+    weights = [norm.weight for norm in norms]
+    left = sum(not (w == 0).all() and not (w == 1).all() for w in weights)
+    assert (f"leaves {left} of {len(norms)} norms unfolded" in said) == (left > 0), said
 
 
 def test_enough_families():

@@ -229,8 +229,9 @@ class SimpleTensor:
         return f"{str(dtype).removeprefix('torch.')} of {self.device}"
 
 
-@pytest.mark.parametrize("what", ["train", "evaluate", "generate"])  # a list as an index, as feature pages have it, cannot be played
-def test_apple_is_never_asked_for_float64(what):
+@pytest.mark.parametrize("what", ["train", "sparse", "evaluate", "features", "generate", "demo"])
+def test_apple_is_asked_only_for_what_it_has(what):
+    "Neither for float64 nor for an operator that torch has for other devices only."
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "pretend_apple.py"), what], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout.endswith("whole\n"), done.stderr[-3000:]
 
