@@ -116,7 +116,7 @@ def read_by_linear_maps(
             for norm in some:
                 stack.callback(norm.module.register_forward_hook(lambda _, __, out: 1.5 * out.roll(1, -1) + 0.1).remove)
                 for reader in readers[norm.path]:
-                    hold = lambda _, args, x=reader.x: (x.reshape(args[0].shape), *args[1:])  # noqa: E731
+                    hold = lambda _, args, x=reader.x: (x.reshape(args[0].shape), *args[1:])
                     stack.callback(reader.module.register_forward_pre_hook(hold).remove)
             moved = watch(model, tokens)
         ends = [(moved.logits, trace.logits), *((moved.calls[n.path][0].x, n.x) for n in norms)]  # what one lets through, the next is given
