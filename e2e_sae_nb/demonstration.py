@@ -105,7 +105,8 @@ def measure_speed(
 def _silence(sae: SAE, x: Float[Tensor, "tokens d"], share: float = 0.01) -> None:
     "Lower the encoder's biases until this share of its latents is active."
     pre = (x.to(sae.W_enc.dtype) * sae.input_scale) @ sae.W_enc + sae.b_enc
-    sae.b_enc.sub_(pre.flatten().kthvalue(max(1, round((1 - share) * pre.numel()))).values)
+    rest = pre.numel() - max(1, round((1 - share) * pre.numel()))
+    sae.b_enc.sub_(pre.flatten().topk(rest + 1, sorted=False).values.amin())  # as `kthvalue`, which fewer devices have
 
 # %% ../nbs/16_demo.ipynb #62b3cd99
 MIN_STEPS = 100  # below, the SAEs have hardly begun to learn
