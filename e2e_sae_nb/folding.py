@@ -217,7 +217,8 @@ def fold_weights(
             "more than linear maps reads them", always=True)
     for block, part in zip(blocks, parts, strict=True):
         fold_value_biases(model, tokens, trace, block, part)
-    capped: Any = getattr(text_config(model), "final_logit_softcapping", None)
+    caps = ("final_logit_softcapping", "output_logits_soft_cap", "logits_soft_cap")
+    capped: Any = any(getattr(text_config(model), key, None) for key in caps)
     if isinstance(head.module, nn.Linear) and not capped:
         centre_output(head.module)
     old, new = (wide(x).log_softmax(-1) for x in (trace.logits, watch(model, tokens).logits))
