@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['add_bias', 'matrix', 'set_matrix', 'centre_output', 'readers_of', 'is_vector_norm', 'fold_norm', 'stream_norms',
-           'read_by_linear_maps', 'fold_value_biases', 'ignores_mean', 'centre_stream', 'fold_weights']
+           'fold_value_biases', 'ignores_mean', 'centre_stream', 'fold_weights']
 
 # %% ../nbs/04ad_folding.ipynb #38f9769b
 from contextlib import ExitStack
@@ -93,8 +93,9 @@ def stream_norms(trace: Trace, block: Call, part: Parts) -> list[Call]:
     def reads(call: Call) -> bool:
         if same(call.x, block.x) or (part.mid is not None and same(call.x, part.mid.x)):
             return True
-        direct = not any(c is not call and within(call, c) for c in inside) and call.x is not None and block.x is not None
-        return direct and call.x.shape == block.x.shape and not any(same(c.y, call.x) for c in inside)
+        if call.x is None or block.x is None or any(c is not call and within(call, c) for c in inside):
+            return False
+        return call.x.shape == block.x.shape and not any(same(c.y, call.x) for c in inside)
 
     return [c for c in inside if len(trace.calls[c.path]) == 1 and is_vector_norm(c) and reads(c)]
 
@@ -116,10 +117,14 @@ def read_by_linear_maps(
             for norm in some:
                 stack.callback(norm.module.register_forward_hook(lambda _, __, out: 1.5 * out.roll(1, -1) + 0.1).remove)
                 for reader in readers[norm.path]:
+<<<<<<< ours
                     hold = lambda _, args, x=reader.x: (x.reshape(args[0].shape), *args[1:])
+=======
+                    hold = lambda _, args, x=reader.given: (x.reshape(args[0].shape), *args[1:])
+>>>>>>> theirs
                     stack.callback(reader.module.register_forward_pre_hook(hold).remove)
             moved = watch(model, tokens)
-        ends = [(moved.logits, trace.logits), *((moved.calls[n.path][0].x, n.x) for n in norms)]  # what one lets through, the next is given
+        ends = [(moved.logits, trace.logits), *((moved.calls[n.path][0].x, n.x) for n in norms)]  # a leak shows there
         return all(a is not None and b is not None and linear_error(a, b) <= 1 for a, b in ends)
 
     return norms if stays(norms) else [norm for norm in norms if stays([norm])]
@@ -216,7 +221,8 @@ def fold_weights(
             "more than linear maps reads them", always=True)
     for block, part in zip(blocks, parts, strict=True):
         fold_value_biases(model, tokens, trace, block, part)
-    capped: Any = getattr(text_config(model), "final_logit_softcapping", None)
+    caps = ("final_logit_softcapping", "output_logits_soft_cap", "logits_soft_cap")
+    capped: Any = any(getattr(text_config(model), key, None) for key in caps)
     if isinstance(head.module, nn.Linear) and not capped:
         centre_output(head.module)
     old, new = (wide(x).log_softmax(-1) for x in (trace.logits, watch(model, tokens).logits))

@@ -40,10 +40,6 @@ def test_processed_weights_of_every_family(name, capfd):
     except UserError:
         pytest.skip("refused, as its row of the table says")
     capfd.readouterr()
-    if name == "recurrent_gemma":  # its recurrence is no sum of linear maps that folding knows
-        with pytest.raises(UserError, match="processed_weights cannot be had"):
-            fold_weights(model, probe_tokens(37), name)
-        return
     fold_weights(model, probe_tokens(37), name)
     said = "".join(capfd.readouterr())
     assert (model(TOKENS).logits.log_softmax(-1) - before).abs().max() < 1e-3 * before.abs().max()
