@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['add_bias', 'matrix', 'set_matrix', 'centre_output', 'readers_of', 'is_vector_norm', 'fold_norm', 'stream_norms',
-           'fold_value_biases', 'ignores_mean', 'centre_stream', 'fold_weights']
+           'read_by_linear_maps', 'fold_value_biases', 'ignores_mean', 'centre_stream', 'fold_weights']
 
 # %% ../nbs/04ad_folding.ipynb #38f9769b
 from contextlib import ExitStack
@@ -117,11 +117,7 @@ def read_by_linear_maps(
             for norm in some:
                 stack.callback(norm.module.register_forward_hook(lambda _, __, out: 1.5 * out.roll(1, -1) + 0.1).remove)
                 for reader in readers[norm.path]:
-<<<<<<< ours
-                    hold = lambda _, args, x=reader.x: (x.reshape(args[0].shape), *args[1:])
-=======
                     hold = lambda _, args, x=reader.given: (x.reshape(args[0].shape), *args[1:])
->>>>>>> theirs
                     stack.callback(reader.module.register_forward_pre_hook(hold).remove)
             moved = watch(model, tokens)
         ends = [(moved.logits, trace.logits), *((moved.calls[n.path][0].x, n.x) for n in norms)]  # a leak shows there
